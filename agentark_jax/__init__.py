@@ -1,0 +1,1 @@
+"""agentark_jax: distil multi-agent debate into one language model, in JAX."""

@@ -1,0 +1,212 @@
+"""One run's configuration: the rooms' dataclasses composed, read from YAML and dotted command-line overrides."""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+
+from agentark_jax.engines.config import EngineConfig
+from agentark_jax.errors import UsageError
+from agentark_jax.evaluation.config import EvaluationConfig
+from agentark_jax.models.source import ModelSourceConfig
+from agentark_jax.protocols.config import DebateConfig
+from agentark_jax.tasks.config import TaskConfig
+from agentark_jax.traces.config import SelectionConfig
+from agentark_jax.training.config import FitConfig
+
+
+@dataclass(frozen=True)
+class QuestionCounts:
+    """How many questions each split gets; the splits are disjoint.
+
+    Attributes:
+        warm_start: questions with gold rationales that teach the base model the answer format.
+        validation: questions on which early stopping is judged; 0 where no stage stops early.
+        debate: questions the agents debate; what they say is the training data.
+        held_out: questions every arm is evaluated on.
+    """
+
+    warm_start: int = 160
+    validation: int = 0
+    debate: int = 48
+    held_out: int = 96
+
+    def __post_init__(self) -> None:
+        for split, count in asdict(self).items():
+            if count < 0 or (count == 0 and split != "validation"):
+                raise UsageError(f"questions.{split} is {count}: give a positive number of questions.")
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """The short supervised training that turns a raw model into the base every arm starts from.
+
+    It has two phases: question → gold rationale, then, on fresh questions, the later-round format as well (question
+    and the model's own sampled answers, right and wrong → gold rationale).
+
+    Attributes:
+        revision_share: share of the warm-start questions kept for the second phase.
+        peers: answers sampled per question for the second phase; one is shown as the agent's own.
+        answer: training of the first phase.
+        revision: training of the second phase.
+    """
+
+    revision_share: float = 0.5
+    peers: int = 3
+    answer: FitConfig = field(default_factory=FitConfig)
+    revision: FitConfig = field(default_factory=FitConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.revision_share < 1:
+            raise UsageError(f"warm_start.revision_share is {self.revision_share}: give a share between 0 and 1.")
+        if self.peers < 1:
+            raise UsageError(f"warm_start.peers is {self.peers}: a revision needs at least the agent's own answer.")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run, from questions to report.
+
+    Attributes:
+        name: the run's folder under `root`.
+        root: where runs are kept.
+        seeds: one run per seed; several seeds share a folder and a report.
+        model: the model to distil into.
+        task: what is asked.
+        questions: how many questions each split gets.
+        engine: the embedded generation engine.
+        warm_start: the training that yields the base model.
+        debate: how the agents talk.
+        select: which trajectories are kept.
+        fit: how every arm is trained on its trajectories.
+        curve: further students trained on these shares of the debated questions, each in (0, 1); their accuracy
+            against the number of trajectories is a curve in the report.
+        evaluate: what is measured.
+    """
+
+    name: str = "run"
+    root: str = "runs"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    model: ModelSourceConfig = field(default_factory=ModelSourceConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    questions: QuestionCounts = field(default_factory=QuestionCounts)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    debate: DebateConfig = field(default_factory=DebateConfig)
+    select: SelectionConfig = field(default_factory=SelectionConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    curve: list[float] = field(default_factory=list)
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
+            raise UsageError(f"name is {self.name!r}: use letters, digits, '.', '_' and '-' for the run's folder.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
+        if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
+            raise UsageError(f"curve is {self.curve}: give different shares of the questions, each between 0 and 1.")
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root) / self.name
+
+
+class _Parser(ArgumentParser):
+    """An argument parser whose complaints are `UsageError`s that name the key and the nearest known one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UsageError(self._readable(message)) from ex
+
+    def _readable(self, message: str) -> str:
+        group = re.search(r"Group '([^']*)' does not accept option '([^']*)'", message)
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", message)
+        option = re.search(r"Option '([^']*)' is not accepted", message)
+        wrong = re.search(r'Parser key "([^"]*)":\s*(.*)', message, re.DOTALL)
+        if group:
+            return self._unknown_key(f"{group[1]}.{group[2]}")
+        if unknown:
+            return self._unknown_key(unknown[1])
+        if option:
+            return self._unknown_key(option[1])
+        if wrong:
+            return f"{wrong[1]}: " + re.sub(r"<class '([^']*)'>", r"\1", " ".join(wrong[2].split()))
+        return " ".join(message.split())
+
+    def _unknown_key(self, key: str) -> str:
+        known = [action.dest for action in self._actions if action.dest not in ("help", "print_config")]
+        near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        near += [other for other in known if other.split(".")[-1] == key.split(".")[-1] and other not in near]
+        hint = f"Did you mean {' or '.join(near)}?" if near else "--help lists the keys."
+        return f"unknown key {key!r}. {hint}"
+
+
+def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunConfig, bool]:
+    """The configuration of `--config FILE` and one option per key, and whether `--update` was given.
+
+    Raises:
+        UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
+    """
+    parser = _Parser(prog=prog, description=description, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; options after it win.")
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="Accept a configuration that differs from the one the run directory was made with: stages that depend on "
+        "the difference are redone, the others and every stored turn are reused.",
+    )
+    parser.add_class_arguments(RunConfig, None)
+    try:
+        namespace = parser.parse_args(list(arguments))
+        _check_fits(namespace)
+        values = parser.instantiate(namespace)
+        return RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__}), namespace["update"]
+    except UsageError as error:
+        raise UsageError(_located(str(error), arguments)) from error
+
+
+def _check_fits(namespace: Namespace) -> None:
+    """`FitConfig` stands in several places and does not know its own; complain with the whole key."""
+    for key in ("fit", "warm_start.answer", "warm_start.revision"):
+        try:
+            FitConfig(**namespace[key].as_dict())
+        except UsageError as error:
+            raise UsageError(f"{key}.{error}") from error
+
+
+def _located(message: str, arguments: Sequence[str]) -> str:
+    """The message with the configuration file in front, unless it is about an option of the command line."""
+    options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+    if any(option[2:] in message for option in options if option != "--config"):
+        return message
+    joined = " ".join(arguments)
+    files = re.findall(r"--config[= ](\S+)", joined)
+    return f"{files[-1]}: {message}" if files and files[-1] not in message else message
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain JSON-like values."""
+    return _plain(asdict(config))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration, as the run saves it."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys as dotted ones."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+    return result
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,90 @@
+"""Questions, peers' answers and gold rationales as token ids: the one place where text becomes a prompt.
+
+A prompt is a sequence of *segments*. Text of our own is encoded once per segment; an earlier completion enters as the
+ids that were sampled, never decoded and encoded again. The plain format is meant for base models without a chat
+template:
+
+    Question: ...
+    Answer:
+    <completion><eos>
+
+and in later rounds, the agent's own answer first, then its peers' (AgentArk, appendix: own history, then peers'
+last round):
+
+    Question: ...
+    My answer:
+    ...
+    Another answer:
+    ...
+    Better answer:
+    <completion><eos>
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.errors import AgentArkError
+from agentark_jax.records import Example, Question, stable_hash
+
+Segment = tuple[int, ...]
+Prompt = tuple[Segment, ...]
+
+
+class PlainFormat:
+    """The prompt format for models without a chat template. `hash` identifies template and tokenizer."""
+
+    QUESTION = "Question: {question}\n"
+    ANSWER = "Answer:"
+    OWN = "My answer:"
+    PEER = "\nAnother answer:"
+    REVISE = "\nBetter answer:"
+    RESPONSE = "\n{text}"
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.stop_ids = (tokenizer.eos_id,)
+        texts = [self.QUESTION, self.ANSWER, self.OWN, self.PEER, self.REVISE, self.RESPONSE]
+        self.hash = stable_hash(["plain", texts, tokenizer.hash])
+
+    def question(self, question: Question) -> Prompt:
+        """The prompt of an agent that sees the question alone."""
+        return (self._head(question), self.tokenizer.encode(self.ANSWER))
+
+    def revision(self, question: Question, own: Sequence[int], peers: Sequence[Sequence[int]]) -> Prompt:
+        """The prompt of a later round: the agent's own last completion and its peers', as sampled ids."""
+        encode = self.tokenizer.encode
+        segments: list[Segment] = [self._head(question), encode(self.OWN), self._without_stop(own)]
+        for peer in peers:
+            segments += [encode(self.PEER), self._without_stop(peer)]
+        return (*segments, encode(self.REVISE))
+
+    def response(self, text: str) -> Segment:
+        """A written answer (a gold rationale) as the ids of a completion, its end token included."""
+        return (*self.tokenizer.encode(self.RESPONSE.format(text=text)), self.tokenizer.eos_id)
+
+    def _head(self, question: Question) -> Segment:
+        beginning = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
+        return beginning + self.tokenizer.encode(self.QUESTION.format(question=question.prompt))
+
+    def _without_stop(self, ids: Sequence[int]) -> Segment:
+        return tuple(int(token) for token in ids if token not in self.stop_ids)
+
+
+def completion_example(
+    prompt: Prompt,
+    completion: Sequence[int],
+    *,
+    question_id: str,
+    variant: str,
+    trace_keys: Sequence[str] = (),
+) -> Example:
+    """An example whose only loss term, `completion`, weighs every completion token 1 (its end token included)."""
+    if len(completion) == 0:
+        raise AgentArkError(f"question {question_id}: an empty completion leaves no token to learn from.")
+    prompt_ids = [token for segment in prompt for token in segment]
+    weights = np.zeros(len(prompt_ids) + len(completion), np.float32)
+    weights[len(prompt_ids) :] = 1.0
+    ids = np.asarray([*prompt_ids, *completion], np.int32)
+    return Example(ids, {"completion": weights}, question_id, variant, tuple(trace_keys))

@@ -1,0 +1,1 @@
+"""Who generates text: the contract and the embedded JAX engine."""

@@ -1,0 +1,315 @@
+"""The embedded engine: generation in JAX, in this process, on whatever device there is.
+
+A fixed number of slots decode together; a slot whose sequence ends is refilled from the queue. Prompts are prefilled
+one at a time, padded to a bucket, and a prompt asked for several times is prefilled once. Every program has a fixed
+shape and every random number comes from (seed, step), so what a request yields does not depend on its slot, its
+neighbours or the order of arrival: a run that was killed and resumed draws the same tokens.
+"""
+
+import asyncio
+import time
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.engines.base import Request
+from agentark_jax.engines.config import EngineConfig
+from agentark_jax.engines.sampling import sample, uniform_at
+from agentark_jax.errors import AgentArkError
+from agentark_jax.models import transformer
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.records import Completion, ids_hash
+
+_STOP_IDS = 4
+_REMEMBERED_PROMPTS = 4
+
+
+class Slots(NamedTuple):
+    """Device state of the S slots. `token` is the last known token, which the next step reads at `position`."""
+
+    token: Int[Array, " S"]
+    position: Int[Array, " S"]
+    step: Int[Array, " S"]
+    active: Bool[Array, " S"]
+    seed: UInt32[Array, "S 2"]
+    temperature: Float[Array, " S"]
+    top_p: Float[Array, " S"]
+    max_tokens: Int[Array, " S"]
+    stop_ids: Int[Array, "S K"]
+
+
+@dataclass
+class _Running:
+    """Host side of one request in a slot."""
+
+    request: Request
+    answer: "asyncio.Future[Completion]"
+    started: float
+    cached_tokens: int
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+class LocalEngine:
+    """Implements `Engine` with the weights it was given.
+
+    Args:
+        context: longest prompt plus completion, in tokens.
+        params: the model's parameters as `models.transformer` defines them.
+        model: revision of the model, recorded with every turn.
+        weights: version of the weights, recorded with every turn.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model_config: ModelConfig,
+        params: transformer.Params,
+        tokenizer: Tokenizer,
+        *,
+        context: int,
+        model: str,
+        weights: str,
+    ):
+        self.model = model
+        self.weights = weights
+        self._config = config
+        self._context = context
+        self._model_config = model_config
+        self._tokenizer = tokenizer
+        self._params = transformer.unstack(model_config, params)
+        self._cache = transformer.init_cache(model_config, config.slots, context, jnp.float32)
+        self._slots = _empty_slots(config.slots)
+        self._running: dict[int, _Running] = {}
+        self._waiting: deque[tuple[Request, asyncio.Future[Completion]]] = deque()
+        self._prefilled: OrderedDict[str, Any] = OrderedDict()
+        self._driver: asyncio.Task[None] | None = None
+        self.sampled_tokens = 0
+        self.prefilled_tokens = 0
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one completion.
+
+        Raises:
+            AgentArkError: prompt and completion do not fit the context, or a token id is outside the vocabulary.
+        """
+        self._check(request)
+        answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting.append((request, answer))
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.create_task(self._drive())
+        return await answer
+
+    def _check(self, request: Request) -> None:
+        length, wanted = len(request.prompt_ids), request.sampling.max_tokens
+        if length == 0 or wanted < 1:
+            raise AgentArkError(f"a request needs a prompt and max_tokens ≥ 1, not {length} and {wanted}.")
+        if length + wanted > self._context:
+            raise AgentArkError(
+                f"a prompt of {length} tokens and max_tokens {wanted} exceed engine.context {self._context}: "
+                "raise engine.context or lower max_tokens."
+            )
+        if len(request.sampling.stop_ids) > _STOP_IDS:
+            raise AgentArkError(f"{len(request.sampling.stop_ids)} stop ids; the engine takes at most {_STOP_IDS}.")
+        if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= self._model_config.vocab_size:
+            raise AgentArkError(f"a prompt id lies outside the vocabulary of {self._model_config.vocab_size}.")
+
+    async def _drive(self) -> None:
+        """Decode until nobody waits. A failure reaches every request in flight."""
+        try:
+            await asyncio.sleep(0)  # let everyone who asks in this turn of the event loop get into the queue
+            while self._waiting or self._running:
+                self._admit()
+                self._decode()
+                await asyncio.sleep(0)
+            self._driver = None  # the finished task would keep this engine, and its cache, alive
+        except Exception as error:
+            asking = [running.answer for running in self._running.values()] + [answer for _, answer in self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+            self._slots = _empty_slots(self._config.slots)
+            for answer in asking:
+                if not answer.done():
+                    answer.set_exception(error)
+
+    def _admit(self) -> None:
+        """Move requests from the queue into free slots."""
+        free = [slot for slot in range(self._config.slots) if slot not in self._running]
+        while free and self._waiting:
+            request, answer = self._waiting.popleft()
+            if answer.cancelled():
+                continue
+            slot = free.pop(0)
+            started = time.monotonic()
+            cached = self._prefill(request.prompt_ids, slot)
+            self._slots = _occupy(self._slots, slot, *_slot_values(request))
+            self._running[slot] = _Running(request, answer, started, cached)
+
+    def _prefill(self, prompt: np.ndarray, slot: int) -> int:
+        """Put keys and values of all but the last prompt token into a slot; how many of them were at hand already.
+
+        The last token is left to the first decode step, so that samples of one prompt share the whole prefill and no
+        prefill needs the output head.
+        """
+        body = prompt[:-1]
+        if len(body) == 0:
+            return 0
+        key = ids_hash(body)
+        cached = len(body) if key in self._prefilled else 0
+        if not cached:
+            bucket = min(-(-len(body) // self._config.prompt_bucket) * self._config.prompt_bucket, self._context)
+            ids = np.zeros((1, bucket), np.int32)
+            ids[0, : len(body)] = body
+            self._prefilled[key] = _prefill(self._model_config, self._params, ids, np.asarray([len(body)], np.int32))
+            self.prefilled_tokens += len(body)
+            if len(self._prefilled) > _REMEMBERED_PROMPTS:
+                self._prefilled.popitem(last=False)
+        self._prefilled.move_to_end(key)
+        self._cache = _insert(self._model_config, self._cache, self._prefilled[key], np.asarray([slot], np.int32))
+        return cached
+
+    def _decode(self) -> None:
+        """Run decode steps until a slot can be refilled, all are done, or the chunk is full; deliver what ended."""
+        self._slots, self._cache, drawn = _decode_chunk(
+            self._model_config,
+            self._config.chunk,
+            self._params,
+            self._slots,
+            self._cache,
+            bool(self._waiting),
+            any(running.request.sampling.top_p < 1 for running in self._running.values()),
+        )
+        ids, logprobs, counts, active = jax.device_get((drawn.ids, drawn.logprobs, drawn.counts, self._slots.active))
+        for slot, running in list(self._running.items()):
+            count = int(counts[slot])
+            self.sampled_tokens += count
+            running.ids += ids[slot, :count].tolist()
+            running.logprobs += logprobs[slot, :count].tolist()
+            if not active[slot]:
+                del self._running[slot]
+                if not running.answer.cancelled():
+                    running.answer.set_result(self._completion(running))
+
+    def _completion(self, running: _Running) -> Completion:
+        return Completion(
+            ids=np.asarray(running.ids, np.int32),
+            logprobs=np.asarray(running.logprobs, np.float32),
+            text=self._tokenizer.decode(running.ids).strip(),
+            finish="stop" if running.ids[-1] in running.request.sampling.stop_ids else "length",
+            prompt_tokens=len(running.request.prompt_ids),
+            cached_tokens=running.cached_tokens,
+            seconds=time.monotonic() - running.started,
+        )
+
+
+class _Drawn(NamedTuple):
+    ids: Int[Array, "S C"]
+    logprobs: Float[Array, "S C"]
+    counts: Int[Array, " S"]
+
+
+def _empty_slots(slots: int) -> Slots:
+    return Slots(
+        token=jnp.zeros(slots, jnp.int32),
+        position=jnp.zeros(slots, jnp.int32),
+        step=jnp.zeros(slots, jnp.int32),
+        active=jnp.zeros(slots, bool),
+        seed=jnp.zeros((slots, 2), jnp.uint32),
+        temperature=jnp.ones(slots, jnp.float32),
+        top_p=jnp.ones(slots, jnp.float32),
+        max_tokens=jnp.ones(slots, jnp.int32),
+        stop_ids=jnp.full((slots, _STOP_IDS), -1, jnp.int32),
+    )
+
+
+def _slot_values(request: Request) -> tuple[Any, ...]:
+    """One row for each field of `Slots`."""
+    sampling = request.sampling
+    stop_ids = np.full(_STOP_IDS, -1, np.int32)
+    stop_ids[: len(sampling.stop_ids)] = sampling.stop_ids
+    return (
+        np.int32(request.prompt_ids[-1]),
+        np.int32(len(request.prompt_ids) - 1),
+        np.int32(0),
+        np.bool_(True),
+        np.asarray([sampling.seed >> 32 & 0xFFFFFFFF, sampling.seed & 0xFFFFFFFF], np.uint32),
+        np.float32(sampling.temperature),
+        np.float32(sampling.top_p),
+        np.int32(sampling.max_tokens),
+        stop_ids,
+    )
+
+
+@partial(jax.jit, donate_argnums=0)
+def _occupy(slots: Slots, slot: Int[Array, ""], *values: Any) -> Slots:
+    return Slots(*(field.at[slot].set(value) for field, value in zip(slots, values, strict=True)))
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    config: ModelConfig, params: transformer.Params, ids: Int[Array, "1 T"], lengths: Int[Array, "1"]
+) -> transformer.Cache:
+    return transformer.prefill(config, params, ids, lengths)[1]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _insert(
+    config: ModelConfig, cache: transformer.Cache, kv: transformer.Cache, slots: Int[Array, "1"]
+) -> transformer.Cache:
+    return transformer.insert(cache, kv, slots, jnp.zeros(1, jnp.int32))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=(3, 4))
+def _decode_chunk(
+    config: ModelConfig,
+    chunk: int,
+    params: transformer.Params,
+    slots: Slots,
+    cache: transformer.Cache,
+    queue_waits: Bool[Array, ""],
+    truncates: bool,
+) -> tuple[Slots, transformer.Cache, _Drawn]:
+    """At most `chunk` decode steps for all slots; ends early when a slot falls free while the queue waits."""
+    count = slots.active.sum()
+
+    def go_on(carry: tuple[Any, ...]) -> Bool[Array, ""]:
+        index, slots, _, _ = carry
+        active = slots.active.sum()
+        return (index < chunk) & (active > 0) & ~(queue_waits & (active < count))
+
+    def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        index, slots, cache, drawn = carry
+        hidden, cache = transformer.decode_step(config, params, slots.token, slots.position, cache)
+        token, logprob = sample(
+            transformer.logits(config, params, hidden),
+            uniform_at(slots.seed, slots.step),
+            slots.temperature,
+            slots.top_p if truncates else None,
+        )
+        done = slots.step + 1 >= slots.max_tokens
+        stopped = jnp.any(token[:, None] == slots.stop_ids, axis=-1)
+        drawn = _Drawn(
+            drawn.ids.at[:, index].set(token),
+            drawn.logprobs.at[:, index].set(logprob),
+            drawn.counts + slots.active,
+        )
+        moved = slots.active.astype(jnp.int32)
+        slots = slots._replace(
+            token=jnp.where(slots.active, token, slots.token),
+            position=slots.position + moved,
+            step=slots.step + moved,
+            active=slots.active & ~done & ~stopped,
+        )
+        return index + 1, slots, cache, drawn
+
+    shape = (slots.token.shape[0], chunk)
+    drawn = _Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32), jnp.zeros(shape[0], jnp.int32))
+    _, slots, cache, drawn = jax.lax.while_loop(go_on, step, (jnp.int32(0), slots, cache, drawn))
+    return slots, cache, drawn

@@ -1,0 +1,127 @@
+"""From predictions to the figures of a report: accuracies, paired differences, costs, curves.
+
+With several seeds every arm has one prediction per question and seed. Figures are then means over both, and intervals
+resample questions, so they are conditional on the seeds; the seed-level t interval stands beside them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, get_args
+
+import numpy as np
+
+from agentark_jax.evaluation.predictions import Prediction
+from agentark_jax.evaluation.statistics import paired_difference, seed_level_interval, sentence, wilson_interval
+from agentark_jax.records import FlipClass
+from agentark_jax.traces.labels import LabelledTurn, accuracy_by_round, flip_matrix, flips, majorities
+
+Predictions = Mapping[str, Sequence[Prediction]]
+
+
+def arm_figures(seeds: Sequence[Predictions], arm: str, *, level: float, resamples: int) -> dict[str, Any]:
+    """Accuracy with its interval, and cost, of one arm over all seeds."""
+    predictions = [prediction for seed in seeds for prediction in seed[arm]]
+    right = np.asarray([prediction.verdict == "right" for prediction in predictions])
+    low, high = _accuracy_interval(predictions, right, single=len(seeds) == 1, level=level, resamples=resamples)
+    count = len(predictions)
+    prompt = sum(prediction.prompt_tokens for prediction in predictions) / count
+    completion = sum(prediction.completion_tokens for prediction in predictions) / count
+    return {
+        "accuracy": float(right.mean()),
+        "low": low,
+        "high": high,
+        "correct": int(right.sum()),
+        "n": count,
+        "unparseable": sum(prediction.verdict == "unparseable" for prediction in predictions),
+        "tokens_per_question": {"prompt": prompt, "completion": completion, "total": prompt + completion},
+        "calls_per_question": sum(prediction.calls for prediction in predictions) / count,
+    }
+
+
+def difference(
+    seeds: Sequence[Predictions], a: str, b: str, name: str, *, level: float, resamples: int
+) -> dict[str, Any]:
+    """Accuracy of arm `a` less that of arm `b` on the questions both answered, paired, clustered by question."""
+    right_a, right_b, clusters, per_seed = [], [], [], []
+    for seed in seeds:
+        others = {prediction.question_id: prediction for prediction in seed[b]}
+        pairs = [(one, others[one.question_id]) for one in seed[a] if one.question_id in others]
+        right_a += [one.verdict == "right" for one, _ in pairs]
+        right_b += [other.verdict == "right" for _, other in pairs]
+        clusters += [one.question_id for one, _ in pairs]
+        per_seed.append(float(np.mean([(x.verdict == "right") - float(y.verdict == "right") for x, y in pairs])))
+    result = paired_difference(
+        np.asarray(right_a),
+        np.asarray(right_b),
+        clusters=np.asarray(clusters) if len(seeds) > 1 else None,
+        level=level,
+        resamples=resamples,
+        seed=0,
+    )
+    over_seeds = seed_level_interval(per_seed, level) if len(seeds) > 1 else None
+    return {
+        "name": name,
+        "a": a,
+        "b": b,
+        **{key: value for key, value in asdict(result).items() if key != "clusters"},
+        "questions": result.clusters,
+        "sentence": sentence(name, result),
+        "seed_low": None if over_seeds is None else over_seeds.low,
+        "seed_high": None if over_seeds is None else over_seeds.high,
+    }
+
+
+def debate_figures(seeds: Sequence[Sequence[LabelledTurn]], *, level: float) -> dict[str, Any]:
+    """What happened between the rounds of a debate: accuracy, majorities, agreement, flips; counts of all seeds."""
+    accuracies = [one for rows in seeds for one in accuracy_by_round(rows)]
+    votes = [majority for rows in seeds for majority in majorities(rows)]
+    rounds = []
+    for index in sorted({one.round for one in accuracies}):
+        right = sum(one.right for one in accuracies if one.round == index)
+        count = sum(one.n for one in accuracies if one.round == index)
+        low, high = wilson_interval(right, count, level)
+        of_round = [majority for majority in votes if majority.round == index]
+        rounds.append(
+            {
+                "round": index + 1,
+                "accuracy": right / count,
+                "low": low,
+                "high": high,
+                "n": count,
+                "majority": sum(majority.verdict == "right" for majority in of_round) / len(of_round),
+                "agreement": sum(majority.agreement for majority in of_round) / len(of_round),
+            }
+        )
+    matrices = [flip_matrix(flips(rows)) for rows in seeds]
+    return {
+        "agents": len({row.agent for rows in seeds for row in rows}),
+        "rounds": len(rounds),
+        "turns": sum(len(rows) for rows in seeds),
+        "accuracy_by_round": rounds,
+        "flips": [
+            {
+                "from_round": to,
+                "to_round": to + 1,
+                **{kind: sum(matrix.get(to, {}).get(kind, 0) for matrix in matrices) for kind in get_args(FlipClass)},
+            }
+            for to in sorted({to for matrix in matrices for to in matrix})
+        ],
+    }
+
+
+def accuracy_point(x: float | str, right: Sequence[bool], *, level: float) -> dict[str, Any]:
+    """One point of a curve: a share of right answers with its Wilson interval."""
+    low, high = wilson_interval(sum(right), len(right), level)
+    return {"x": x, "y": sum(right) / len(right), "low": low, "high": high, "n": len(right)}
+
+
+def _accuracy_interval(
+    predictions: Sequence[Prediction], right: np.ndarray, *, single: bool, level: float, resamples: int
+) -> tuple[float, float]:
+    if single:
+        return wilson_interval(int(right.sum()), len(right), level)
+    clusters = np.asarray([prediction.question_id for prediction in predictions])
+    interval = paired_difference(
+        right, np.zeros_like(right), clusters=clusters, level=level, resamples=resamples, seed=0
+    )
+    return max(0.0, interval.low), min(1.0, interval.high)

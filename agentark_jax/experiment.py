@@ -1,0 +1,138 @@
+"""`agentark run`: every seed's pipeline, then the report on them."""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console
+
+from agentark_jax import config as configuration
+from agentark_jax.config import RunConfig
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models.gguf import cache_root
+from agentark_jax.models.weights import replaced_directory
+from agentark_jax.pipeline import STUDENT, Outcome, Pipeline
+from agentark_jax.progress import Display
+from agentark_jax.report.card import model_card
+from agentark_jax.report.page import write_report
+from agentark_jax.report.terminal import summary_table
+from agentark_jax.results import build_results, build_transcripts
+from agentark_jax.stages import Manifest, Run, locked, write_json, write_text
+from agentark_jax.traces.store import TraceStore
+
+CONFIG = "config.yaml"
+
+
+def run(config: RunConfig, *, update: bool) -> None:
+    """Bring a run up to date and print its summary.
+
+    Args:
+        update: go on in a directory that was made with another configuration.
+
+    Raises:
+        UsageError: the run directory belongs to another configuration or another process.
+        AgentArkError: a stage failed; what is done stays done.
+    """
+    started = time.monotonic()
+    display = Display(Console())
+    _enable_compilation_cache()
+    with locked(config.directory):
+        _check_same_config(config, update)
+        write_text(config.directory / CONFIG, configuration.to_yaml(config))
+        outcomes = [_run_seed(config, seed, display) for seed in config.seeds]
+        results = _report(config, outcomes)
+    display.console.print(summary_table(results))
+    built = [manifest for outcome in outcomes for manifest in outcome.manifests if not manifest.reused]
+    seconds = time.monotonic() - started
+    if built:
+        tokens = sum(manifest.tokens for manifest in built)
+        display.say(f"{len(built)} stages in {seconds:,.0f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s.")
+    else:
+        display.say(f"Everything was up to date: nothing was generated or trained ({seconds:.1f} s).")
+    models = ", ".join(str(outcome.directory / "model") for outcome in outcomes)
+    display.say(f"Report: {config.directory / 'report.html'}   Model: {models}")
+
+
+def _run_seed(config: RunConfig, seed: int, display: Display) -> Outcome:
+    directory = config.directory if len(config.seeds) == 1 else config.directory / f"seed-{seed}"
+    directory.mkdir(exist_ok=True)
+    if len(config.seeds) > 1:
+        display.say(f"[bold]seed {seed}[/bold]")
+
+    def announce(manifest: Manifest) -> None:
+        state = "up to date" if manifest.reused else f"{manifest.seconds:,.1f} s"
+        display.say(f"[green]✓[/green] {manifest.stage:24} {state:>12}  [dim]{manifest.fingerprint}[/dim]")
+
+    with TraceStore(directory / "traces.sqlite") as store:
+        outcome = Pipeline(config, seed, Run(directory, on_stage=announce), store, display)()
+    _publish_model(outcome, build_results(replace(config, seeds=[seed]), [outcome]))
+    return outcome
+
+
+def _report(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Write `results.json` and `report.html`; the results that they state.
+
+    While no stage is redone the figures are those of the run that made them, so that a look at a finished run does not
+    rewrite how long it took.
+    """
+    results = build_results(config, outcomes)
+    path = config.directory / "results.json"
+    if path.exists() and all(manifest.reused for outcome in outcomes for manifest in outcome.manifests):
+        try:
+            results["timing"] = json.loads(path.read_text())["timing"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise AgentArkError(f"{path}: damaged ({error}). Delete it and run again.") from error
+    write_json(path, results)
+    transcripts = [transcript for outcome in outcomes[:1] for transcript in build_transcripts(outcome)]
+    write_report(config.directory / "report.html", results, transcripts)
+    return results
+
+
+def _publish_model(outcome: Outcome, results: Mapping[str, Any]) -> None:
+    """Put the debate student at `model/`, its files shared with the stage that made them, with a model card."""
+    target = outcome.directory / "model"
+    with replaced_directory(target) as fresh:
+        for path in (outcome.directory / STUDENT / "model").iterdir():
+            try:
+                os.link(path, fresh / path.name)
+            except OSError:  # a file system without hard links
+                shutil.copy2(path, fresh / path.name)
+        write_text(fresh / "README.md", model_card(results, STUDENT))
+
+
+def _check_same_config(config: RunConfig, update: bool) -> None:
+    """Refuse a run directory that was made with another configuration."""
+    path = config.directory / CONFIG
+    if update or not path.exists():
+        return
+    try:
+        before = yaml.safe_load(path.read_text())
+        if not isinstance(before, dict):
+            raise ValueError("it is not a mapping")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise AgentArkError(f"{path}: damaged ({error}). Delete it to go on in this directory.") from error
+    old, new = configuration.flat(before), configuration.flat(configuration.as_dict(config))
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    changed = [key for key in changed if key not in ("root", "name")]
+    if changed:
+        shown = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in changed[:5])
+        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+        raise UsageError(
+            f"{path}: this directory was made with another configuration; different: {shown}{more}. Choose another "
+            "--name, or pass --update to redo what depends on the difference and reuse the rest."
+        )
+
+
+def _enable_compilation_cache() -> None:
+    """Keep compiled programs between processes; the second run of a command does not compile."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,1 @@
+"""The network: configuration, the one decoder, weights in and out."""

@@ -1,0 +1,206 @@
+"""The one decoder: embedding, blocks of attention and gated MLP, final norm, unembedding; training and generation.
+
+The modules are Flax NNX, but callers never see one: parameters are plain nested dictionaries of arrays (`Params`), and
+the functions of this module are pure, so they go straight into `jax.jit` and `jax.grad`. Two layouts of the same
+parameters exist:
+
+- **stacked** (training, files): `scanned` holds one tree for each position in the repeated pattern of layer types,
+  with a leading axis over the repetitions, run by `jax.lax.scan`; `rest`, where there is one, holds the layers of an
+  incomplete repetition.
+- **unstacked** (generation, from `unstack`): `layers` is a tuple with one tree per layer, because a decode loop that
+  slices stacked parameters and caches would copy them at every step.
+
+Caches are one pair of arrays per layer; layers with a sliding window keep full-length caches too, and their mask does
+the window. Donate the cache (or carry it in a `while_loop`): writes are then in place.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.layers import (
+    Block,
+    RMSNorm,
+    block_graph,
+    causal_masks,
+    embed,
+    normal_param,
+    rotation_table,
+)
+
+Params = dict[str, Any]
+Cache = tuple[dict[str, jax.Array], ...]
+
+
+class Transformer(nnx.Module):
+    """The whole network without its unembedding, in the stacked layout."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        period, repeats = config.period, config.num_periods
+        types = config.layer_types
+        self.config = config
+        self.embedding = normal_param(rngs, (config.vocab_size, config.hidden_size), config.initializer_range)
+        # Keys are strings of equal width: an order that survives every tree library, sorted or not.
+        self.scanned = nnx.Dict({f"{i:02d}": Block(config, types[i], rngs, (repeats,)) for i in range(period)})
+        rest = range(period * repeats, config.num_layers)
+        self.rest = nnx.Dict({f"{i - rest[0]:02d}": Block(config, types[i], rngs) for i in rest})
+        self.final_norm = RMSNorm(config, config.hidden_size)
+        if not config.tie_embeddings:
+            self.unembedding = normal_param(rngs, (config.vocab_size, config.hidden_size), config.initializer_range)
+
+    def __call__(
+        self,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None,
+        remat: bool,
+    ) -> Float[Array, "B T D"]:
+        rotations = rotation_table(self.config, positions, self.embedding[...].dtype)
+        masks = causal_masks(self.config, ids.shape[1], segment_ids)
+        graph, stacked = nnx.split(self.scanned)
+
+        def repetition(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
+            for block in nnx.merge(graph, state).values():
+                x, _ = block(x, rotations, masks)
+            return x, None
+
+        x = embed(self.config, self.embedding[...], ids)
+        x, _ = jax.lax.scan(jax.checkpoint(repetition) if remat else repetition, x, stacked)
+        for block in self.rest.values():
+            x, _ = block(x, rotations, masks)
+        return self.final_norm(x)
+
+
+@lru_cache(maxsize=32)
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The stacked parameter tree with a `jax.ShapeDtypeStruct` at every leaf."""
+    return jax.tree.map(lambda leaf: leaf, _structure(config)[1])
+
+
+def init_params(config: ModelConfig, seed: int) -> Params:
+    """Fresh stacked parameters in float32: normal with the config's `initializer_range`, norms at identity."""
+    return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(seed))))
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    remat: bool = False,
+) -> Float[Array, "B T D"]:
+    """Hidden states after the final norm, from stacked parameters.
+
+    `positions` start at 0 in every segment. `segment_ids` separate packed sequences, 0 marking padding; None means
+    one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` recomputes each
+    repetition of the layer pattern in the backward pass instead of keeping its activations.
+    """
+    return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat)
+
+
+def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
+    """The matrix whose rows score the tokens: the embedding itself where the two are tied."""
+    return params["embedding"] if config.tie_embeddings else params["unembedding"]
+
+
+def logits(config: ModelConfig, params: Params, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """Scores of every token, float32, after the model's soft cap. `params` may be of either layout."""
+    scores = jnp.einsum("...d,vd->...v", h, unembedding(config, params), preferred_element_type=jnp.float32)
+    if config.final_softcap is not None:
+        scores = config.final_softcap * jnp.tanh(scores / config.final_softcap)
+    return scores
+
+
+def unstack(config: ModelConfig, params: Params) -> Params:
+    """The same parameters with `layers` as a tuple of one tree per layer (copies the layers, shares the rest)."""
+    scanned, rest, period = params["scanned"], params.get("rest", {}), config.period
+    layers = []
+    for index in range(config.num_layers):
+        repeat, offset = divmod(index, period)
+        if repeat < config.num_periods:
+            layers.append(jax.tree.map(lambda leaf, repeat=repeat: leaf[repeat], scanned[f"{offset:02d}"]))
+        else:
+            layers.append(rest[f"{offset:02d}"])
+    shared = {key: value for key, value in params.items() if key not in ("scanned", "rest")}
+    return {**shared, "layers": tuple(layers)}
+
+
+def _final_norm(config: ModelConfig, params: Params, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    graph = nnx.split(nnx.eval_shape(lambda: RMSNorm(config, config.hidden_size)))[0]
+    return nnx.merge(graph, params["final_norm"])(x)
+
+
+def prefill(
+    config: ModelConfig, decode_params: Params, ids: Int[Array, "B T"], lengths: Int[Array, " B"]
+) -> tuple[Float[Array, "B D"], Cache]:
+    """Run prompts padded to the right.
+
+    Returns the final-normed hidden state of each row's last token, and per layer its keys and values [B, K, T, H]
+    (those at or after a row's length are of padding: harmless, as decoding overwrites them before it reads them).
+    """
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    rotations = rotation_table(config, positions, decode_params["embedding"].dtype)
+    masks = causal_masks(config, ids.shape[1], None)
+    x = embed(config, decode_params["embedding"], ids)
+    cache = []
+    for layer_type, layer in zip(config.layer_types, decode_params["layers"], strict=True):
+        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, masks)
+        cache.append(kv)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return _final_norm(config, decode_params, last), tuple(cache)
+
+
+def init_cache(config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
+    """Empty caches for `slots` sequences of at most `length` tokens: per layer {k, v: [slots, K, length, H]}."""
+    shape = (slots, config.num_kv_heads, length, config.head_dim)
+    return tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_layers))
+
+
+def insert(cache: Cache, kv: Cache, slots: Int[Array, " N"], rows: Int[Array, " N"]) -> Cache:
+    """Copy rows of a prefill into slots of a cache: slot `slots[i]` begins with row `rows[i]`.
+
+    One prefilled row may fill many slots. A slot number past the end is skipped, so N can be padded to a fixed size.
+    The prefill may be shorter than the cache, never longer (ValueError).
+    """
+    length, room = kv[0]["k"].shape[2], cache[0]["k"].shape[2]
+    if length > room:
+        raise ValueError(f"a prefill of {length} tokens does not fit a cache of {room}")
+
+    def copy(target: jax.Array, source: jax.Array) -> jax.Array:
+        return target.at[slots, :, :length].set(source[rows].astype(target.dtype), mode="drop")
+
+    return jax.tree.map(copy, cache, kv)
+
+
+def decode_step(
+    config: ModelConfig, decode_params: Params, ids: Int[Array, " S"], positions: Int[Array, " S"], cache: Cache
+) -> tuple[Float[Array, "S D"], Cache]:
+    """One token for every slot: row s is written at `positions[s]` and attends to 0..positions[s] in its window.
+
+    Returns the final-normed hidden states and the cache with this step in it.
+    """
+    length = cache[0]["k"].shape[2]
+    rotations = rotation_table(config, positions[:, None], decode_params["embedding"].dtype)
+    distance = positions[:, None] - jnp.arange(length)[None, :]
+    masks = {}
+    for layer_type in sorted(set(config.layer_types)):
+        mask = distance >= 0
+        window = config.window(layer_type)
+        masks[layer_type] = (mask if window is None else mask & (distance < window))[:, None]
+    x = embed(config, decode_params["embedding"], ids)[:, None]
+    written = []
+    for layer_type, layer, kv in zip(config.layer_types, decode_params["layers"], cache, strict=True):
+        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, masks, kv, positions)
+        written.append(kv)
+    return _final_norm(config, decode_params, x[:, 0]), tuple(written)

@@ -1,0 +1,1 @@
+"""Pure losses on arrays and parameter trees; they know no files."""

@@ -1,0 +1,99 @@
+"""Supervised fine-tuning on named, weighted loss terms (R-SFT: reasoning-enhanced SFT, arXiv 2602.03955 §3).
+
+A batch is a dict of arrays [B, T]: `ids`, `positions` (restarting with every segment), `segment_ids` (0 is padding) and
+`weights` {term: [B, T]}. The weight at t is that of predicting `ids[t]` from the tokens of the same segment before it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.transformer import hidden_states, unembedding
+from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_nll
+
+Batch = Mapping[str, Any]
+
+
+def predictable(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T-1"]:
+    """Whether token t+1 continues the segment of token t: only such tokens are ever predicted."""
+    return (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] > 0)
+
+
+def term_weights(batch: Batch) -> dict[str, Float[Array, "B T-1"]]:
+    """Each term's weights of the predictions made at positions 0 … T-2, zero where nothing can be predicted."""
+    continues = predictable(batch["segment_ids"])
+    return {term: jnp.where(continues, weights[:, 1:], 0.0) for term, weights in batch["weights"].items()}
+
+
+def term_totals(batch: Batch) -> dict[str, Float[Array, ""]]:
+    """The denominator of every term: its summed weights. Sum it over micro-batches and devices before `sft_loss`."""
+    return {term: weights.sum() for term, weights in term_weights(batch).items()}
+
+
+def sft_loss(
+    config: ModelConfig,
+    params: Any,
+    batch: Batch,
+    totals: Mapping[str, Float[Array, ""]],
+    coefficients: Mapping[str, float],
+    *,
+    remat: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """loss = Σ_term coefficient · Σ_t weight·nll / total, and its metrics; differentiable in `params`.
+
+    `totals` are those of the whole optimizer step and `coefficients` has one number per term. Loss and metrics of the
+    micro-batches of a step therefore *add up* to those of one big batch: `loss`, `nll/<term>` (nats per unit of
+    weight), `tokens` (not padding) and `loss_tokens` (with a non-zero weight in some term).
+    """
+    hidden = hidden_states(config, params, batch["ids"], batch["positions"], batch["segment_ids"], remat=remat)
+    return sft_loss_from_hidden(
+        hidden,
+        unembedding(config, params),
+        batch,
+        totals,
+        coefficients,
+        soft_cap=config.final_softcap,
+        chunk_bytes=chunk_bytes,
+    )
+
+
+def sft_loss_from_hidden(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    batch: Batch,
+    totals: Mapping[str, Float[Array, ""]],
+    coefficients: Mapping[str, float],
+    *,
+    soft_cap: float | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """`sft_loss` after the trunk: from final hidden states and the [V, D] head."""
+    weights = term_weights(batch)
+    shares = {term: _share(value, totals[term]) for term, value in weights.items()}
+    folded = jnp.sum(jnp.stack([coefficients[term] * share for term, share in shares.items()]), axis=0)
+    has_loss = jnp.any(jnp.stack([value != 0 for value in weights.values()]), axis=0)
+    loss, nll = chunked_nll(
+        hidden[:, :-1].reshape(-1, hidden.shape[-1]),
+        head,
+        batch["ids"][:, 1:].reshape(-1),
+        folded.reshape(-1),
+        has_loss.reshape(-1),
+        soft_cap=soft_cap,
+        chunk_bytes=chunk_bytes,
+    )
+    nll = nll.reshape(has_loss.shape)
+    metrics = {f"nll/{term}": jnp.sum(share * nll) for term, share in shares.items()}
+    metrics["loss"] = jax.lax.stop_gradient(loss)
+    metrics["tokens"] = (batch["segment_ids"] > 0).sum()
+    metrics["loss_tokens"] = has_loss.sum()
+    return loss, metrics
+
+
+def _share(weights: Array, total: Array) -> Array:
+    """weights / total, and zero for a term that has no weight anywhere in the step."""
+    return jnp.where(total == 0, 0.0, weights / jnp.where(total == 0, 1.0, total))

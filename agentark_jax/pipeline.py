@@ -1,0 +1,643 @@
+"""The run: from questions to a distilled model and the report on it, told stage by stage.
+
+Every stage is a pure function of its own slice of the configuration and of the stages it reads. Model calls are kept
+in the run's trace store, under keys that say everything they depend on, so no stage ever pays for one twice.
+"""
+
+import asyncio
+import gc
+import json
+import shutil
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from agentark_jax.config import RunConfig, as_dict
+from agentark_jax.data.render import PlainFormat, Prompt, completion_example
+from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.engines.local import LocalEngine
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
+from agentark_jax.models import transformer, weights
+from agentark_jax.models.config import ModelConfig, load_config
+from agentark_jax.models.gguf import resolve_model
+from agentark_jax.models.source import SCRATCH
+from agentark_jax.progress import Display
+from agentark_jax.protocols.calls import Caller, Draw
+from agentark_jax.protocols.debate import PROTOCOL as DEBATE
+from agentark_jax.protocols.debate import debate
+from agentark_jax.protocols.single import answer
+from agentark_jax.records import Example, Question, Turn, stable_hash
+from agentark_jax.stages import Manifest, Run, Work, write_json
+from agentark_jax.tasks.task import Task, make_task
+from agentark_jax.traces import labels as labelling
+from agentark_jax.traces.selection import Selection, load_selection, match_tokens, save_selection, select, subset
+from agentark_jax.traces.store import TraceStore
+from agentark_jax.training.config import FitConfig
+from agentark_jax.training.loop import fit
+from agentark_jax.training.state import partition
+
+WARM_START, GREEDY, SAMPLED = "warm_start", "single_greedy", "single_sampled"
+STUDENT, CONTROL = "student", "control"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory, ready to generate or to be trained. `revision` identifies its files."""
+
+    directory: Path
+    revision: str
+    config: ModelConfig
+    params: transformer.Params
+    form: PlainFormat
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One arm's predictions on the held-out questions."""
+
+    arm: str
+    manifest: Manifest
+    predictions: list[Prediction]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything one seed's run came to; what the report is made from."""
+
+    seed: int
+    directory: Path
+    model_config: ModelConfig
+    questions: dict[str, list[Question]]
+    manifests: list[Manifest]
+    evaluated: dict[str, Evaluated]
+    selections: dict[str, Selection]
+    debated: list[labelling.LabelledTurn]
+    evaluated_debate: list[labelling.LabelledTurn]
+    texts: dict[str, str]
+
+
+class Pipeline:
+    """The stages of one seed's run, in order. Lives as long as its run directory is held."""
+
+    def __init__(self, config: RunConfig, seed: int, run: Run, store: TraceStore, display: Display):
+        self.config = config
+        self.seed = seed
+        self.run = run
+        self.store = store
+        self.display = display
+        self.task: Task = make_task(config.task, asdict(config.questions))
+        self._model: Model | None = None
+        self._longest = 0
+
+    def __call__(self) -> Outcome:
+        """Produce every stage that is not up to date."""
+        raw = self.prepare_model()
+        questions_stage, questions = self.prepare_questions()
+        self._check_lengths(raw, questions)
+        base = self.warm_start(raw, questions_stage, questions)
+        debate_stage, debated = self.debate(base, questions_stage, questions["debate"])
+        select_stage, selections = self.select(debate_stage, debated)
+        students = {name: self.distil(name, base, select_stage, selections[name], questions) for name in selections}
+        evaluated, evaluated_debate = self.evaluate(base, students, questions_stage, questions["held_out"])
+        keys = {row.key for row in (*debated, *evaluated_debate)}
+        keys |= {key for arm in evaluated.values() for prediction in arm.predictions for key in prediction.turn_keys}
+        turns = self.store.completed(keys)
+        return Outcome(
+            self.seed,
+            self.run.directory,
+            load_config(_model_directory(base)),
+            questions,
+            list(self.run.manifests),
+            evaluated,
+            selections,
+            debated,
+            evaluated_debate,
+            {key: turn.completion.text for key, turn in turns.items() if turn.completion is not None},
+        )
+
+    # Stages
+
+    def prepare_model(self) -> Manifest:
+        """Find, convert or initialise the raw model; the artefact says where it is and what its files hash to."""
+        source = self.config.model
+
+        def build(work: Work) -> None:
+            if source.source == SCRATCH:
+                directory = work.directory / "model"
+                self._initialise(directory)
+                location = "model"
+            else:
+                with self.display.bar("prepare the model", total=1):
+                    directory = resolve_model(source.source)
+                location = str(directory.resolve())
+            revision = weights.weights_fingerprint(directory)
+            shapes = transformer.param_shapes(load_config(directory))
+            work.counts = {"revision": revision, "location": location, "parameters": _size(shapes)}
+
+        if source.source == SCRATCH:
+            slice_ = {"scratch": as_dict(source.scratch), "task": as_dict(self.config.task), "seed": self.seed}
+            inputs = {"questions": str(self.config.questions.warm_start)}
+        else:
+            slice_, inputs = {"source": source.source}, {}
+        return self.run.produce("raw_model", build, version=1, config=slice_, inputs=inputs)
+
+    def _initialise(self, directory: Path) -> None:
+        """A random model of the configured shape and a tokenizer trained on the warm-start texts."""
+        scratch = self.config.model.scratch
+        texts = [
+            text
+            for question in self.task.questions("warm_start", self.config.questions.warm_start)
+            for text in (
+                PlainFormat.QUESTION.format(question=question.prompt),
+                PlainFormat.RESPONSE.format(text=question.rationale),
+            )
+        ]
+        labels = [PlainFormat.ANSWER, PlainFormat.OWN, PlainFormat.PEER, PlainFormat.REVISE]
+        with weights.replaced_directory(directory) as fresh:
+            train_tokenizer(texts + labels * len(texts), scratch.vocabulary, fresh)
+            tokenizer = Tokenizer(fresh)
+            raw = scratch.to_hf(vocabulary=tokenizer.vocabulary_size, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id)
+            (fresh / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+        config = load_config(directory)
+        weights.save_pretrained(directory, config, transformer.init_params(config, self.seed), directory)
+
+    def prepare_questions(self) -> tuple[Manifest, dict[str, list[Question]]]:
+        """Draw the splits and keep them in the store; no question is in two of them."""
+        sizes = asdict(self.config.questions)
+        splits = {split: self.task.questions(split, count) for split, count in sizes.items()}
+
+        def build(work: Work) -> None:
+            everything = [question for questions in splits.values() for question in questions]
+            if len({question.prompt for question in everything}) != len(everything):
+                raise AgentArkError("a question is in two splits: training and evaluation would not be apart.")
+            self.store.put_questions(everything)
+            lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in everything]
+            (work.directory / "questions.jsonl").write_text("".join(lines))
+            work.counts = {**sizes, "read": dict(self.task.counts)}
+
+        content = stable_hash([[question.id for question in questions] for questions in splits.values()])
+        config = {"task": as_dict(self.config.task), "sizes": sizes}
+        inputs = {"questions": content}
+        return self.run.produce("questions", build, version=1, config=config, inputs=inputs), splits
+
+    def warm_start(self, raw: Manifest, drawn: Manifest, questions: Mapping[str, list[Question]]) -> Manifest:
+        """Teach the raw model the answer format, then the later-round format on its own sampled answers.
+
+        The result is the base that every arm starts from and is compared with.
+        """
+        settings = self.config.warm_start
+        split = questions["warm_start"]
+        cut = max(1, round(len(split) * (1 - settings.revision_share)))
+        first, second = split[:cut], split[cut:]
+        if not second:
+            raise UsageError("warm_start.revision_share leaves no question for the second phase: raise it.")
+
+        def answers(of: Sequence[Question], form: PlainFormat) -> list[Example]:
+            return [
+                completion_example(form.question(q), form.response(q.rationale), question_id=q.id, variant="gold")
+                for q in of
+            ]
+
+        def build_answers(work: Work) -> None:
+            model = self._load(raw)
+            form = model.form
+            validation = answers(questions["validation"], form)
+            self._fit(work, "teach answers", settings.answer, model, answers(first, form), validation)
+
+        taught = self.run.produce(
+            "warm_start_answers",
+            build_answers,
+            version=1,
+            config={"fit": settings.answer.fingerprint(), "count": cut, "seed": self.seed},
+            inputs={"model": raw, "questions": drawn},
+        )
+
+        def build_samples(work: Work) -> None:
+            model = self._load(taught)
+            draw = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
+            turns = self._ask(
+                work,
+                "sample own answers",
+                model,
+                second,
+                lambda question, caller: answer(question, caller, draw, samples=settings.peers, protocol=WARM_START),
+                settings.peers,
+            )
+            self._label(turns)
+            (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+
+        sampled = self.run.produce(
+            "warm_start_samples",
+            build_samples,
+            version=1,
+            config={
+                "peers": settings.peers,
+                "temperature": self.config.debate.temperature,
+                "max_tokens": self.config.debate.max_tokens,
+                "seed": self.seed,
+            },
+            inputs={"model": taught, "questions": drawn},
+        )
+
+        def build_base(work: Work) -> None:
+            model = self._load(taught)
+            form = model.form
+            peers = self._turns_of(sampled)
+            revisions = [
+                self._revision_example(question, peers[question.id], form, index)
+                for index, question in enumerate(second)
+            ]
+            validation = answers(questions["validation"], form)
+            examples = answers(second, form) + revisions
+            self._fit(work, "teach revision", settings.revision, model, examples, validation)
+
+        return self.run.produce(
+            "base",
+            build_base,
+            version=1,
+            config={"fit": settings.revision.fingerprint(), "seed": self.seed},
+            inputs={"model": taught, "samples": sampled},
+        )
+
+    def _revision_example(self, question: Question, turns: Sequence[Turn], form: PlainFormat, index: int) -> Example:
+        """Gold rationale after the model's own answers; which of them plays the agent's own part takes turns."""
+        ids = [_completion_ids(turn) for turn in turns]
+        own = index % len(ids)
+        prompt = form.revision(question, ids[own], ids[:own] + ids[own + 1 :])
+        return completion_example(
+            prompt,
+            form.response(question.rationale),
+            question_id=question.id,
+            variant="gold_revision",
+            trace_keys=[turn.key for turn in turns],
+        )
+
+    def debate(
+        self, base: Manifest, drawn: Manifest, questions: list[Question]
+    ) -> tuple[Manifest, list[labelling.LabelledTurn]]:
+        """Let the base model's agents debate the debate split; label every turn."""
+        settings = self.config.debate
+
+        def build(work: Work) -> None:
+            turns = self._debate_all(work, "debate", self._load(base), questions, settings.rounds)
+            labels = self._label(turns)
+            (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+            work.counts["verdicts"] = {
+                verdict: sum(label.verdict == verdict for label in labels.values())
+                for verdict in ("right", "wrong", "unparseable")
+            }
+
+        stage = self.run.produce(
+            "debate",
+            build,
+            version=1,
+            config={"debate": asdict(settings), "seed": self.seed, "grader": self.task.grader_id},
+            inputs={"base": base, "questions": drawn},
+        )
+        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
+
+    def select(
+        self, debated: Manifest, rows: Sequence[labelling.LabelledTurn]
+    ) -> tuple[Manifest, dict[str, Selection]]:
+        """Choose the trajectories of the student and, matched in tokens, those of its single-agent control."""
+        settings = self.config.select
+        names = [STUDENT, CONTROL, *(_share_name(share) for share in self.config.curve)]
+
+        def build(work: Work) -> None:
+            student = select(rows, settings)
+            control = select(rows, replace(settings, variant="round1_only"))
+            match = match_tokens(student, control, settings.seed)
+            chosen = {STUDENT: match.a, CONTROL: match.b}
+            chosen |= {_share_name(share): subset(match.a, share, settings.seed) for share in self.config.curve}
+            for name, selection in chosen.items():
+                save_selection(selection, work.directory / f"{name}.parquet")
+            work.counts = {
+                name: {
+                    "trajectories": len(selection.trajectories),
+                    "tokens": selection.tokens,
+                    "corrective": sum(trajectory.corrective for trajectory in selection.trajectories),
+                    "funnel": [asdict(step) for step in selection.funnel],
+                }
+                for name, selection in chosen.items()
+            }
+
+        stage = self.run.produce(
+            "select",
+            build,
+            version=1,
+            config={"select": asdict(settings), "curve": self.config.curve},
+            inputs={"debate": debated},
+        )
+        return stage, {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
+
+    def distil(
+        self,
+        name: str,
+        base: Manifest,
+        selected: Manifest,
+        selection: Selection,
+        questions: Mapping[str, list[Question]],
+    ) -> Manifest:
+        """R-SFT (AgentArk §2.1): the base learns the selected trajectories on the question alone, no peers in sight."""
+        by_id = {question.id: question for question in questions["debate"]}
+
+        def build(work: Work) -> None:
+            model = self._load(base)
+            examples = [
+                completion_example(
+                    model.form.question(by_id[trajectory.question_id]),
+                    trajectory.completion_ids.tolist(),
+                    question_id=trajectory.question_id,
+                    variant=selection.variant,
+                    trace_keys=trajectory.trace_keys,
+                )
+                for trajectory in selection.trajectories
+            ]
+            self._fit(work, f"distil {name}", self.config.fit, model, examples, [])
+
+        content = stable_hash([[t.turn_key for t in selection.trajectories], selection.variant])
+        return self.run.produce(
+            name,
+            build,
+            version=1,
+            config={"fit": self.config.fit.fingerprint(), "seed": self.seed},
+            inputs={"base": base, "trajectories": content},
+        )
+
+    def evaluate(
+        self, base: Manifest, students: Mapping[str, Manifest], drawn: Manifest, questions: list[Question]
+    ) -> tuple[dict[str, Evaluated], list[labelling.LabelledTurn]]:
+        """Every arm on the held-out questions; the vote and the debate of the base on a stated subset of them."""
+        settings = self.config.evaluate
+        few = questions[: settings.multi_call_questions or len(questions)]
+        sampled = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
+        greedy = Draw(0.0, self.config.debate.max_tokens)
+        evaluated: dict[str, Evaluated] = {}
+
+        def arm(
+            name: str,
+            model: Manifest,
+            asked: list[Question],
+            config: Mapping[str, Any],
+            generate: Callable[[Work, Model], dict[str, list[Turn]]],
+            last: int,
+        ) -> None:
+            """`last` of a question's turns vote on the answer."""
+
+            def build(work: Work) -> None:
+                turns = generate(work, self._load(model))
+                labels = self._label(turns)
+                predictions = [predict(turns[question.id], turns[question.id][-last:], labels) for question in asked]
+                save_predictions(work.directory / "predictions.jsonl", predictions)
+                (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+
+            stage = self.run.produce(
+                f"evaluate_{name}",
+                build,
+                version=1,
+                config={
+                    **config,
+                    "questions": len(asked),
+                    "max_tokens": self.config.debate.max_tokens,
+                    "seed": self.seed,
+                    "grader": self.task.grader_id,
+                },
+                inputs={"model": model, "questions": drawn},
+            )
+            evaluated[name] = Evaluated(name, stage, load_predictions(stage.directory / "predictions.jsonl"))
+
+        def single(name: str, model: Manifest) -> None:
+            def generate(work: Work, loaded: Model) -> dict[str, list[Turn]]:
+                return self._ask(
+                    work,
+                    f"evaluate {name}",
+                    loaded,
+                    questions,
+                    lambda question, caller: answer(question, caller, greedy, protocol=GREEDY),
+                    1,
+                )
+
+            arm(name, model, questions, {"protocol": GREEDY}, generate, last=1)
+
+        def vote(work: Work, loaded: Model) -> dict[str, list[Turn]]:
+            return self._ask(
+                work,
+                "evaluate vote",
+                loaded,
+                few,
+                lambda question, caller: answer(
+                    question, caller, sampled, samples=settings.vote_samples, protocol=SAMPLED
+                ),
+                settings.vote_samples,
+            )
+
+        def argue(work: Work, loaded: Model) -> dict[str, list[Turn]]:
+            return self._debate_all(work, "evaluate debate", loaded, few, settings.rounds)
+
+        temperature, agents = self.config.debate.temperature, self.config.debate.agents
+        single("base", base)
+        several = {"protocol": SAMPLED, "samples": settings.vote_samples, "temperature": temperature}
+        arm("vote", base, few, several, vote, last=settings.vote_samples)
+        arguing = {"protocol": DEBATE, "agents": agents, "rounds": settings.rounds, "temperature": temperature}
+        arm("debate", base, few, arguing, argue, last=agents)
+        for name, student in students.items():
+            single(name, student)
+        keys = _keys(evaluated["debate"].manifest)
+        return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys)
+
+    # What stages share
+
+    def _check_lengths(self, raw: Manifest, questions: Mapping[str, list[Question]]) -> None:
+        """Refuse, before anything expensive starts, sizes that a later stage could not work with."""
+        directory = _model_directory(raw)
+        form = PlainFormat(Tokenizer(directory))
+        config = self.config
+        asked = [question for split in questions.values() for question in split]
+        alone = max(_length(form.question(question)) for question in asked)
+        gold = max(len(form.response(question.rationale)) for question in questions["warm_start"])
+        answer_limit, peers = config.debate.max_tokens, max(config.debate.agents, config.warm_start.peers)
+        shown = [[0] * answer_limit] * peers
+        together = max(_length(form.revision(question, shown[0], shown[1:])) for question in asked)
+        self._longest = together + answer_limit
+        needed = {
+            "debate.max_tokens": (answer_limit, gold, "the longest gold rationale of the warm start"),
+            "engine.context": (config.engine.context, self._longest, "the longest call of a debate"),
+            "warm_start.answer.row_length": (config.warm_start.answer.row_length, alone + gold, "an example"),
+            "warm_start.revision.row_length": (config.warm_start.revision.row_length, together + gold, "an example"),
+            "fit.row_length": (config.fit.row_length, alone + answer_limit, "an example"),
+        }
+        short = [
+            f"{key} is {given}, but {what} can take {wanted} tokens"
+            for key, (given, wanted, what) in needed.items()
+            if given is not None and given < wanted
+        ]
+        if short:
+            raise UsageError("; ".join(short) + ": raise to that.")
+        positions = load_config(directory).max_positions
+        if self._longest > positions:
+            raise UsageError(
+                f"{directory / 'config.json'}: the model takes {positions} tokens, but a call can take "
+                f"{self._longest}: lower debate.max_tokens or debate.agents, or ask shorter questions."
+            )
+
+    def _load(self, stage: Manifest) -> Model:
+        """The model a stage made or found; the last one used stays in memory."""
+        directory = _model_directory(stage)
+        revision = stage.counts["revision"]
+        if self._model is None or self._model.revision != revision:
+            self._model = None  # let go of the old parameters before the new ones come
+            gc.collect()
+            config = load_config(directory)
+            form = PlainFormat(Tokenizer(directory))
+            self._model = Model(directory, revision, config, weights.load_params(directory, config), form)
+        return self._model
+
+    def _fit(
+        self,
+        work: Work,
+        title: str,
+        config: FitConfig,
+        model: Model,
+        examples: Sequence[Example],
+        validation: Sequence[Example],
+    ) -> None:
+        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record."""
+        self._model = None  # training needs the room
+        gc.collect()
+        with self.display.bar(title, total=1) as bar:
+            result = fit(
+                config,
+                model.config,
+                model.params,
+                examples,
+                directory=work.directory,
+                seed=self.seed,
+                fingerprint={"model": model.revision},
+                validation=validation,
+                progress=bar.set,
+            )
+        target = work.directory / "model"
+        weights.save_pretrained(target, model.config, result.params, model.directory)
+        work.tokens = result.tokens
+        work.counts = {
+            "revision": weights.weights_fingerprint(target),
+            "location": "model",
+            "trainable": _size(partition(model.params, config.freeze)[0]),
+            "examples": len(examples),
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "loss_tokens": result.loss_tokens,
+            "final_loss": result.history[-1][1],
+            "stopped": result.stopped,
+        }
+        record = {"history": result.history, "validation": result.validation_history}
+        write_json(work.directory / "training.json", record)
+        # Checkpoints serve to resume this stage; once the model is exported they are 3/4 of the disk it takes.
+        shutil.rmtree(work.directory / "checkpoints")
+
+    def _ask(
+        self,
+        work: Work,
+        title: str,
+        model: Model,
+        questions: Sequence[Question],
+        ask: Callable[[Question, Caller], Awaitable[list[Turn]]],
+        calls: int,
+    ) -> dict[str, list[Turn]]:
+        """Put questions to a model, all at once; the turns by question, in the order `ask` gives them."""
+        engine = LocalEngine(
+            self.config.engine,
+            model.config,
+            model.params,
+            model.form.tokenizer,
+            context=self.config.engine.context or self._longest,
+            model=self.config.model.source,
+            weights=model.revision,
+        )
+        with self.display.bar(title, total=len(questions) * calls) as bar:
+            caller = Caller(
+                engine,
+                self.store,
+                model.form,
+                seed=self.seed,
+                on_turn=lambda turn, generated: bar.advance(len(_completion_ids(turn)) if generated else 0),
+            )
+
+            async def everyone() -> list[list[Turn]]:
+                return await asyncio.gather(*(ask(question, caller) for question in questions))
+
+            turns = asyncio.run(everyone())
+        work.tokens = sum(len(_completion_ids(turn)) for each in turns for turn in each)
+        work.counts = {
+            "calls": sum(len(each) for each in turns),
+            "prompt_tokens": sum(turn.completion.prompt_tokens for each in turns for turn in each if turn.completion),
+            "completion_tokens": work.tokens,
+        }
+        return {question.id: each for question, each in zip(questions, turns, strict=True)}
+
+    def _debate_all(
+        self, work: Work, title: str, model: Model, questions: Sequence[Question], rounds: int
+    ) -> dict[str, list[Turn]]:
+        settings = replace(self.config.debate, rounds=rounds)
+
+        async def one(question: Question, caller: Caller) -> list[Turn]:
+            return [turn for round in await debate(question, caller, settings) for turn in round]
+
+        return self._ask(work, title, model, questions, one, settings.agents * rounds)
+
+    def _label(self, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
+        """Grade turns and keep the labels."""
+        questions = {question.id: question for question in self.store.questions()}
+        labels = labelling.grade_turns(_flatten(turns), questions, self.task.grade, self.task.grader_id)
+        self.store.put_labels(labels)
+        return {label.key: label for label in labels}
+
+    def _turns_of(self, stage: Manifest) -> dict[str, list[Turn]]:
+        """The turns a stage asked for, by question, in the order it listed them."""
+        keys = _keys(stage)
+        found = self.store.completed(keys)
+        if len(found) != len(keys):
+            raise AgentArkError(
+                f"{self.store.path}: lacks turns that {stage.directory} lists. Delete {stage.directory} and run again."
+            )
+        turns: dict[str, list[Turn]] = {}
+        for key in keys:
+            turns.setdefault(found[key].call.question_id, []).append(found[key])
+        return turns
+
+
+def _model_directory(stage: Manifest) -> Path:
+    """Where the model of a stage lies; absolute where it is not the stage's own."""
+    return stage.directory / stage.counts["location"]
+
+
+def _keys(stage: Manifest) -> list[str]:
+    keys: list[str] = json.loads((stage.directory / "keys.json").read_text())
+    return keys
+
+
+def _length(prompt: Prompt) -> int:
+    return sum(len(segment) for segment in prompt)
+
+
+def _share_name(share: float) -> str:
+    return f"{STUDENT}_{share:.0%}".replace("%", "pct")
+
+
+def _flatten(turns: Mapping[str, Sequence[Turn]]) -> list[Turn]:
+    return [turn for each in turns.values() for turn in each]
+
+
+def _completion_ids(turn: Turn) -> list[int]:
+    assert turn.completion is not None, "protocols only return turns that succeeded"
+    return turn.completion.ids.tolist()
+
+
+def _size(shapes: transformer.Params) -> int:
+    import jax
+
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))

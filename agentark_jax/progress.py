@@ -1,0 +1,70 @@
+"""Progress bars with rate and remaining time, and one line per finished stage."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+
+class _TokenRate(ProgressColumn):
+    """Tokens per second since the bar began."""
+
+    def render(self, task: Task) -> Text:
+        tokens = task.fields.get("tokens", 0)
+        if not tokens or not task.elapsed:
+            return Text("", style="progress.data.speed")
+        return Text(f"{tokens / task.elapsed:,.0f} tokens/s", style="progress.data.speed")
+
+
+class Bar:
+    """One bar; `advance` with what is done, or `set` to a position. `total` may grow as work is discovered."""
+
+    def __init__(self, progress: Progress, description: str, total: int):
+        self._progress = progress
+        self._task = progress.add_task(description, total=total, tokens=0)
+        self._tokens = 0
+
+    def advance(self, tokens: int = 0) -> None:
+        self._tokens += tokens
+        self._progress.update(self._task, advance=1, tokens=self._tokens)
+
+    def set(self, done: int, total: int, tokens: int) -> None:
+        self._progress.update(self._task, completed=done, total=total, tokens=tokens)
+
+
+class Display:
+    """What a run shows on the terminal."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    @contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Bar]:
+        """A bar for the time of the `with` block."""
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            _TokenRate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as progress:
+            yield Bar(progress, description, total)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False)

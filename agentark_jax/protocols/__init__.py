@@ -1,0 +1,1 @@
+"""How agents talk: single answers, votes and debate, every call recorded once."""

@@ -1,0 +1,152 @@
+"""The plain types that pass between rooms: `Question`, `Turn`, `Label`, `Example`.
+
+They hold data and know no files, models or losses. Arrays of token ids are one-dimensional `int32`, log-probabilities
+`float32`, natural logarithm.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+Verdict = Literal["right", "wrong", "unparseable"]
+FlipClass = Literal["right→right", "wrong→right", "right→wrong", "wrong→wrong"]
+
+
+def stable_hash(value: Any) -> str:
+    """SHA-256 (hex, first 24 digits) of a JSON-serialisable value; equal values give equal hashes on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def ids_hash(ids: np.ndarray) -> str:
+    """Content hash of a sequence of token ids."""
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").tobytes()).hexdigest()[:24]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a task with its gold answer."""
+
+    id: str
+    task: str
+    split: str
+    prompt: str
+    answer: str
+    rationale: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def make(task: str, split: str, prompt: str, answer: str, rationale: str = "", **meta: Any) -> "Question":
+        """A question whose id is the hash of task and content, so that equal questions share it across splits."""
+        return Question(stable_hash([task, prompt]), task, split, prompt, answer, rationale, meta)
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What a grader says of one text. `answer` is what it read as the final answer, empty when unparseable."""
+
+    verdict: Verdict
+    answer: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. `temperature` 0 is greedy; `stop_ids` end a completion and belong to it."""
+
+    temperature: float
+    max_tokens: int
+    stop_ids: tuple[int, ...]
+    seed: int
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything that determines one model call; its hash is the key under which the answer is stored for good.
+
+    `prompt` is the sequence of id-segments that make up the prompt (peers' texts repeat across prompts, so the store
+    keeps each segment once). `parents` are the keys of the turns whose text the prompt contains.
+    """
+
+    question_id: str
+    protocol: str
+    agent: int
+    role: str
+    round: int
+    sample: int
+    parents: tuple[str, ...]
+    model: str
+    weights: str
+    tokenizer: str
+    template: str
+    sampling: Sampling
+    prompt: tuple[tuple[int, ...], ...]
+
+    @property
+    def key(self) -> str:
+        # Not `asdict`: it would copy every token of the prompt one by one.
+        segments = [ids_hash(np.asarray(segment, np.int32)) for segment in self.prompt]
+        return stable_hash({**vars(self), "sampling": vars(self.sampling), "prompt": segments})
+
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        return np.asarray([token for segment in self.prompt for token in segment], np.int32)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What an engine answers: the sampled ids (stop id included) and their log-probabilities.
+
+    `logprobs` [T] are at the sampling temperature (temperature 1 for greedy), before truncation by top_p.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    text: str
+    finish: Literal["stop", "length"]
+    prompt_tokens: int
+    cached_tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One row of the trace store: one attempt of one call. Exactly one of `completion` and `error` is set."""
+
+    call: Call
+    attempt: int
+    completion: Completion | None
+    error: str | None = None
+
+    @property
+    def key(self) -> str:
+        return self.call.key
+
+
+@dataclass(frozen=True)
+class Label:
+    """A grader's verdict on a turn; kept apart from turns so that it can be recomputed."""
+
+    key: str
+    grader: str
+    verdict: Verdict
+    answer: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence. `weights` gives, per named loss term, a weight for every token of `ids` [T].
+
+    The weight at position t is that of *predicting* `ids[t]` from what stands before it, so position 0 never has one.
+    """
+
+    ids: np.ndarray
+    weights: Mapping[str, np.ndarray]
+    question_id: str
+    variant: str
+    trace_keys: Sequence[str] = ()

@@ -1,0 +1,306 @@
+"""`results.json`: everything a run's report states, with stable keys, assembled from the stages' artefacts.
+
+Wall-clock figures stand under `timing` only; the rest is the same however often the run was killed and resumed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentark_jax import config as configuration
+from agentark_jax.config import RunConfig
+from agentark_jax.evaluation import summary
+from agentark_jax.evaluation.predictions import Prediction
+from agentark_jax.pipeline import CONTROL, STUDENT, Outcome
+from agentark_jax.records import Question, stable_hash
+from agentark_jax.stages import Manifest, git_revision, package_versions
+from agentark_jax.traces.labels import LabelledTurn, majorities
+
+SCHEMA = 1
+_TRAINED = {"warm_start_answers": "warm start: answers", "base": "warm start: revision"}
+
+
+def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """The content of `results.json` for one or several seeds."""
+    settings = config.evaluate
+    statistics: dict[str, Any] = {"level": settings.level, "resamples": settings.resamples}
+    seeds = [{name: arm.predictions for name, arm in outcome.evaluated.items()} for outcome in outcomes]
+    first = outcomes[0]
+    arms = {
+        name: {**_description(config, name, first), **summary.arm_figures(seeds, name, **statistics)}
+        for name in seeds[0]
+    }
+    reference = arms["base"]["tokens_per_question"]["total"]
+    for arm in arms.values():
+        arm["cost_ratio"] = arm["tokens_per_question"]["total"] / reference
+    return {
+        "schema": SCHEMA,
+        "run": {
+            "name": config.name,
+            "seeds": list(config.seeds),
+            "git": git_revision(),
+            "fingerprint": stable_hash(_identity(config)),
+            "versions": package_versions(),
+            "command": f"python -m agentark_jax.train --config {config.directory / 'config.yaml'}",
+        },
+        "model": {
+            "source": config.model.source,
+            "name": _model_name(config),
+            "parameters": _manifest(first, "raw_model").counts["parameters"],
+            "trainable": _manifest(first, STUDENT).counts["trainable"],
+        },
+        "task": {
+            "name": config.task.name if config.task.path is None else "questions from a file",
+            "path": config.task.path,
+            "questions": {split: len(questions) for split, questions in first.questions.items() if questions},
+        },
+        "arms": arms,
+        "differences": [
+            summary.difference(seeds, a, b, name, **statistics)
+            for a, b, name in _contrasts()
+            if a in arms and b in arms
+        ],
+        "counts": _counts(first),
+        "debate": summary.debate_figures([outcome.debated for outcome in outcomes], level=settings.level),
+        "training": _training(first),
+        "curves": _curves(config, outcomes),
+        "per_seed": _per_seed(outcomes) if len(outcomes) > 1 else [],
+        "timing": _timing(outcomes),
+    }
+
+
+def build_transcripts(outcome: Outcome) -> list[dict[str, Any]]:
+    """The debates of the training split, then those of the held-out questions beside every arm's own answer."""
+    predictions = {
+        name: {prediction.question_id: prediction for prediction in arm.predictions}
+        for name, arm in outcome.evaluated.items()
+    }
+    questions = {question.id: question for questions in outcome.questions.values() for question in questions}
+    transcripts = []
+    for rows in (outcome.evaluated_debate, outcome.debated):
+        by_question: dict[str, list[LabelledTurn]] = {}
+        for row in rows:
+            by_question.setdefault(row.question_id, []).append(row)
+        finals = {majority.question_id: majority for majority in sorted(majorities(rows), key=lambda m: m.round)}
+        for question_id, turns in by_question.items():
+            answers = {
+                name: _answer(given[question_id], outcome)
+                for name, given in predictions.items()
+                if question_id in given
+            }
+            final = finals[question_id]
+            transcripts.append(
+                _transcript(questions[question_id], turns, final.answer, final.verdict, answers, outcome)
+            )
+    return transcripts
+
+
+def _transcript(
+    question: Question,
+    turns: Sequence[LabelledTurn],
+    final_answer: str,
+    final_verdict: str,
+    answers: Mapping[str, Any],
+    outcome: Outcome,
+) -> dict[str, Any]:
+    before: dict[int, LabelledTurn] = {}
+    rounds: list[list[dict[str, Any]]] = []
+    for turn in sorted(turns, key=lambda turn: (turn.round, turn.agent)):
+        if turn.round == len(rounds):
+            rounds.append([])
+        last = before.get(turn.agent)
+        names = {True: "right", False: "wrong"}
+        rounds[turn.round].append(
+            {
+                "agent": turn.agent + 1,
+                "text": outcome.texts[turn.key],
+                "answer": turn.answer,
+                "verdict": turn.verdict,
+                "flip": None if last is None else f"{names[last.right]}→{names[turn.right]}",
+                "tokens": len(turn.completion_ids),
+            }
+        )
+        before[turn.agent] = turn
+    return {
+        "id": question.id,
+        "split": question.split,
+        "question": question.prompt,
+        "gold": question.answer,
+        "rationale": question.rationale,
+        "steps": question.meta.get("steps"),
+        "final_answer": final_answer,
+        "final_verdict": final_verdict,
+        "rounds": rounds,
+        "answers": answers,
+    }
+
+
+def _answer(prediction: Prediction, outcome: Outcome) -> dict[str, Any]:
+    """An arm's answer; the text of the turn where one turn is all there is."""
+    text = outcome.texts[prediction.turn_keys[0]] if prediction.calls == 1 else ""
+    return {"text": text, "answer": prediction.answer, "verdict": prediction.verdict}
+
+
+def _description(config: RunConfig, arm: str, outcome: Outcome) -> dict[str, str]:
+    """Label, description, protocol and model of an arm."""
+    settings, debate = config.evaluate, config.debate
+    whole = len(outcome.questions["held_out"])
+    share = "all" if len(outcome.evaluated[arm].predictions) == whole else "subset"
+    trajectories = _manifest(outcome, "select").counts
+    if arm == "base":
+        label, text = "base", "the warm-started model, one greedy answer"
+        return {"label": label, "description": text, "protocol": "single", "model": "base", "questions": share}
+    if arm == "vote":
+        text = f"majority of {settings.vote_samples} independent samples of the base"
+        return {"label": "vote of base", "description": text, "protocol": "vote", "model": "base", "questions": share}
+    if arm == "debate":
+        text = f"{debate.agents} agents (the base), {settings.rounds} rounds, majority of the last round"
+        return {
+            "label": "debate of base",
+            "description": text,
+            "protocol": "debate",
+            "model": "base",
+            "questions": share,
+        }
+    counts = trajectories[arm]
+    amount = f"{counts['trajectories']} trajectories, {counts['tokens']} tokens"
+    if arm == CONTROL:
+        label, text = "single-agent student", f"one greedy answer; trained on correct round-1 answers ({amount})"
+    elif arm == STUDENT:
+        label, text = "debate student", f"one greedy answer; trained on the debate's last round ({amount})"
+    else:
+        share_of = arm.removeprefix(f"{STUDENT}_").replace("pct", " %")
+        label = f"debate student, {share_of} of questions"
+        text = f"one greedy answer; trained on that share of the debate student's trajectories ({amount})"
+    return {"label": label, "description": text, "protocol": "single", "model": arm, "questions": share}
+
+
+def _contrasts() -> list[tuple[str, str, str]]:
+    return [
+        (STUDENT, "base", "debate student over base"),
+        (STUDENT, CONTROL, "debate student over single-agent student at equal tokens"),
+        (CONTROL, "base", "single-agent student over base"),
+        ("debate", "base", "debate of the base over its one answer"),
+        ("vote", "base", "vote of the base over its one answer"),
+        ("debate", "vote", "debate over vote"),
+        (STUDENT, "debate", "debate student over the debate of the base"),
+    ]
+
+
+def _counts(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
+    return {name: counts["funnel"] for name, counts in _manifest(outcome, "select").counts.items()}
+
+
+def _training(outcome: Outcome) -> dict[str, dict[str, Any]]:
+    """The record of every training stage of one seed."""
+    result = {}
+    for manifest in outcome.manifests:
+        record = manifest.directory / "training.json"
+        if record.exists():
+            kept = {key: manifest.counts[key] for key in ("examples", "steps", "tokens", "loss_tokens", "final_loss")}
+            result[_TRAINED.get(manifest.stage, manifest.stage)] = {**kept, **json.loads(record.read_text())}
+    return result
+
+
+def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Accuracy by debate round and question length, by arm and question length, and by amount of training data."""
+    level = config.evaluate.level
+    questions = {question.id: question for outcome in outcomes for question in outcome.questions["held_out"]}
+    steps = sorted({question.meta["steps"] for question in questions.values() if "steps" in question.meta})
+    curves: dict[str, Any] = {}
+
+    def right(arm: str, wanted: int | None = None) -> list[bool]:
+        return [
+            prediction.verdict == "right"
+            for outcome in outcomes
+            for prediction in outcome.evaluated[arm].predictions
+            if wanted is None or questions[prediction.question_id].meta["steps"] == wanted
+        ]
+
+    votes = [majority for outcome in outcomes for majority in majorities(outcome.evaluated_debate)]
+    rounds = sorted({majority.round for majority in votes})
+    groups = [(f"{count} steps" if count > 1 else "1 step", count) for count in steps] if len(steps) > 1 else []
+    if len(rounds) > 1:
+        series = []
+        for name, wanted in [("all questions", None), *groups]:
+            of_group = [
+                majority
+                for majority in votes
+                if wanted is None or questions[majority.question_id].meta["steps"] == wanted
+            ]
+            points = [
+                summary.accuracy_point(
+                    index + 1, [m.verdict == "right" for m in of_group if m.round == index], level=level
+                )
+                for index in rounds
+            ]
+            series.append({"name": name, "points": points})
+        title = "Debate of the base on held-out questions: majority by round"
+        curves["rounds"] = {"title": title, "x": "round", "y": "accuracy", "series": series}
+    if groups:
+        curves["steps"] = {
+            "title": "Accuracy by number of arithmetic steps",
+            "x": "steps in the question",
+            "y": "accuracy",
+            "series": [
+                {
+                    "name": name,
+                    "points": [summary.accuracy_point(count, right(name, count), level=level) for count in steps],
+                }
+                for name in ("base", STUDENT, CONTROL, "vote", "debate")
+            ],
+        }
+    if config.curve:
+        counts = _manifest(outcomes[0], "select").counts
+        students = [name for name in outcomes[0].evaluated if name.startswith(f"{STUDENT}_")]
+        points = [summary.accuracy_point(0, right("base"), level=level)]
+        for name in sorted([*students, STUDENT], key=lambda name: counts[name]["trajectories"]):
+            points.append(summary.accuracy_point(counts[name]["trajectories"], right(name), level=level))
+        series = [{"name": "debate student", "points": points}]
+        title = "Accuracy by number of debate trajectories (0 is the base)"
+        curves["trajectories"] = {"title": title, "x": "trajectories", "y": "accuracy", "series": series}
+    return curves
+
+
+def _per_seed(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [
+        {
+            "seed": outcome.seed,
+            "directory": outcome.directory.name,
+            "arms": {
+                name: sum(prediction.verdict == "right" for prediction in arm.predictions) / len(arm.predictions)
+                for name, arm in outcome.evaluated.items()
+            },
+        }
+        for outcome in outcomes
+    ]
+
+
+def _timing(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    several = len(outcomes) > 1
+    stages = [
+        {
+            "stage": f"seed {outcome.seed}: {manifest.stage}" if several else manifest.stage,
+            "seconds": manifest.seconds,
+            "tokens": manifest.tokens,
+            "tokens_per_second": manifest.tokens / manifest.seconds if manifest.tokens and manifest.seconds else None,
+            "reused": manifest.reused,
+        }
+        for outcome in outcomes
+        for manifest in outcome.manifests
+    ]
+    return {"total_seconds": sum(manifest.seconds for o in outcomes for manifest in o.manifests), "stages": stages}
+
+
+def _manifest(outcome: Outcome, stage: str) -> Manifest:
+    return next(manifest for manifest in outcome.manifests if manifest.stage == stage)
+
+
+def _model_name(config: RunConfig) -> str:
+    names = {"gguf:gemma3-270m": "Gemma 3 270M", "scratch": "small Qwen3-shaped model"}
+    return names.get(config.model.source, config.model.source.rstrip("/").rsplit("/", 1)[-1])
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What of a configuration the results depend on: everything but the run's place."""
+    return {key: value for key, value in configuration.as_dict(config).items() if key not in ("name", "root")}

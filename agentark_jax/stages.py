@@ -1,0 +1,250 @@
+"""The stage graph's machinery: artefacts, manifests, what is up to date, one lock per run directory.
+
+A stage is a folder of a run. Its manifest is written last and atomically, so a folder without one is unfinished: it is
+continued when it was begun for the same fingerprint (a training stage resumes at its checkpoint) and redone otherwise.
+A stage whose manifest carries the wanted fingerprint is reused.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.records import stable_hash
+
+MANIFEST = "manifest.json"
+BEGUN = "begun.json"
+_HASHED_BYTES = 16 * 2**20
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A file of a finished stage. Files up to 16 MB are identified by content, larger ones by size."""
+
+    path: str
+    bytes: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished stage did and from what. `fingerprint` covers config slice, inputs and stage version."""
+
+    stage: str
+    version: int
+    fingerprint: str
+    config: Mapping[str, Any]
+    inputs: Mapping[str, str]
+    counts: Mapping[str, Any]
+    tokens: int
+    seconds: float
+    artefacts: list[Artefact]
+    git: str | None
+    versions: Mapping[str, str]
+    directory: Path = field(compare=False, default=Path())
+    reused: bool = field(compare=False, default=False)
+
+
+@dataclass
+class Work:
+    """What a stage's builder fills in while it works in `directory`."""
+
+    directory: Path
+    counts: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+
+class Run:
+    """A run directory held under its lock; produces stages, or finds that they are done."""
+
+    def __init__(self, directory: Path, *, on_stage: Callable[[Manifest], None] | None = None):
+        self.directory = directory
+        self._on_stage = on_stage
+        self.manifests: list[Manifest] = []
+
+    def produce(
+        self,
+        stage: str,
+        build: Callable[[Work], None],
+        *,
+        version: int,
+        config: Mapping[str, Any],
+        inputs: Mapping[str, "Manifest | str"],
+    ) -> Manifest:
+        """The manifest of a stage whose artefacts are up to date, building them first where they are not.
+
+        Args:
+            config: the slice of the configuration that the stage depends on, and no more.
+            inputs: the stages it reads, or fingerprints of what lies outside the run.
+
+        Raises:
+            AgentArkError: the stage's manifest or one of its artefacts is damaged.
+        """
+        input_fingerprints = {
+            name: given if isinstance(given, str) else given.fingerprint for name, given in inputs.items()
+        }
+        fingerprint = stable_hash([stage, version, config, input_fingerprints])
+        directory = self.directory / stage
+        manifest = read_manifest(directory)
+        if manifest is not None and manifest.fingerprint == fingerprint:
+            self._finish(manifest)
+            return manifest
+        if directory.exists() and (manifest is not None or _begun_fingerprint(directory) != fingerprint):
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(directory / BEGUN, {"fingerprint": fingerprint})
+        started = time.monotonic()
+        work = Work(directory)
+        build(work)
+        manifest = Manifest(
+            stage=stage,
+            version=version,
+            fingerprint=fingerprint,
+            config=config,
+            inputs=input_fingerprints,
+            counts=work.counts,
+            tokens=work.tokens,
+            seconds=round(time.monotonic() - started, 3),
+            artefacts=_artefacts(directory),
+            git=git_revision(),
+            versions=package_versions(),
+            directory=directory,
+        )
+        stored = {key: value for key, value in asdict(manifest).items() if key not in ("directory", "reused")}
+        write_json(directory / MANIFEST, stored)
+        (directory / BEGUN).unlink()
+        self._finish(manifest)
+        return manifest
+
+    def _finish(self, manifest: Manifest) -> None:
+        self.manifests.append(manifest)
+        if self._on_stage is not None:
+            self._on_stage(manifest)
+
+
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Hold a run directory for this process alone.
+
+    Raises:
+        AgentArkError: the directory cannot be written.
+        UsageError: another process works in it.
+    """
+    owner = directory / "lock.owner"
+    lock = filelock.FileLock(directory / "lock")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
+    except filelock.Timeout:
+        name = owner.read_text().strip() if owner.exists() else "another process"
+        raise UsageError(f"{directory}: in use by {name}. Wait for it, stop it, or choose another --name.") from None
+    except OSError as error:
+        raise AgentArkError(f"{directory}: cannot be written ({error.strerror}). Choose another --root.") from error
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """The manifest of a finished stage, checked against its files; None where the stage is not finished."""
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
+    fix = f"Delete {directory} and run again: it will be rebuilt from the stages before it."
+    try:
+        stored = json.loads(path.read_text())
+        artefacts = [Artefact(**artefact) for artefact in stored.pop("artefacts")]
+        manifest = Manifest(**stored, artefacts=artefacts, directory=directory, reused=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise AgentArkError(f"{path}: damaged ({error}). {fix}") from error
+    for artefact in manifest.artefacts:
+        file = directory / artefact.path
+        if not file.exists():
+            raise AgentArkError(f"{file}: missing, though {path} lists it. {fix}")
+        if file.stat().st_size != artefact.bytes or (artefact.sha256 and _sha256(file) != artefact.sha256):
+            raise AgentArkError(f"{file}: changed since {path} was written. {fix}")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file that is either the old or the new one, never half of it.
+
+    Raises:
+        AgentArkError: the disk is full or the directory cannot be written.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file atomically. Raises AgentArkError as `write_json` does."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink()
+        raise AgentArkError(
+            f"{path}: cannot be written ({error.strerror}). Free space or choose another --root."
+        ) from error
+
+
+def git_revision() -> str | None:
+    """The commit of this source tree, `+` where it has uncommitted changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        revision = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=12", "--dirty=+"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # no git at hand: the revision is a courtesy, nothing depends on it
+    return revision.stdout.strip()
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that determine the numbers."""
+    return {package: version(package) for package in _PACKAGES}
+
+
+def _begun_fingerprint(directory: Path) -> str | None:
+    try:
+        fingerprint = json.loads((directory / BEGUN).read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not known to be this stage's own: it is redone from the start
+    return str(fingerprint)
+
+
+def _artefacts(directory: Path) -> list[Artefact]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != BEGUN)
+    return [_artefact(path, directory) for path in files]
+
+
+def _artefact(path: Path, directory: Path) -> Artefact:
+    size = path.stat().st_size
+    return Artefact(str(path.relative_to(directory)), size, _sha256(path) if size <= _HASHED_BYTES else None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

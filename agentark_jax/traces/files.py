@@ -1,0 +1,35 @@
+"""Files that appear whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from agentark_jax.errors import AgentArkError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the directory of `path`; when the block ends well, its file is moved to `path`.
+
+    Missing directories are made. When the block fails, the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        AgentArkError: the file cannot be written (full disk, read-only directory).
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            # Without this a power cut could leave the new name on a file whose contents never reached the disk.
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise AgentArkError(
+            f"{path}: cannot be written ({error.strerror or error}). Free disk space or choose a writable directory, "
+            "then run again."
+        ) from error

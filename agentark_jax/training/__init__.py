@@ -1,0 +1,1 @@
+"""Fits parameters to examples: configuration, state, step, checkpoints and the loop."""

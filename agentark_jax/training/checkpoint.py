@@ -1,0 +1,161 @@
+"""Checkpoints of a fit: trainable parameters, optimizer, step and what the loop must remember, written by orbax.
+
+Saves are synchronous: an asynchronous one holds a second copy of the state in memory. A checkpoint carries the SHA-256
+of its arrays and of its record, so that one which the file system damaged is an error and not a wrong result.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging as absl_logging
+
+from agentark_jax.errors import AgentArkError
+from agentark_jax.training.state import TrainState
+
+FORMAT = 1
+_LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+
+
+def state_digest(state: TrainState) -> str:
+    """SHA-256 over the paths, dtypes, shapes and bytes of all leaves."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+class Checkpointer:
+    """The checkpoints below one directory; a context manager. `fingerprint` says which fit they belong to."""
+
+    def __init__(self, directory: Path, fingerprint: Mapping[str, Any], keep: int) -> None:
+        """Opens or creates `directory`; what an interrupted save left behind is removed.
+
+        Raises AgentArkError if the directory cannot be written.
+        """
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        logging.getLogger("orbax").setLevel(logging.ERROR)
+        self.directory = directory.absolute()
+        self.fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        except OSError as error:
+            raise AgentArkError(
+                f"{self.directory}: cannot keep checkpoints here ({error}); make the directory writable, free space, "
+                "or choose another one"
+            ) from error
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._manager.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, memory: Mapping[str, Any]) -> None:
+        """Writes the state and the JSON-serialisable `memory` of the loop; returns when both are on disk.
+
+        Raises AgentArkError when they cannot be written; the checkpoints before this one are then untouched.
+        """
+        step = int(state.step)
+        if step == self.latest:
+            return
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "step": step,
+            "sha256": state_digest(state),
+            "versions": {name: version(name) for name in _LIBRARIES},
+            "memory": dict(memory),
+        }
+        record["record_sha256"] = _record_digest(record)
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record))
+        try:
+            self._manager.save(step, args=arguments, force=True)
+        except Exception as error:  # tensorstore reports a full disk as ValueError, Python as OSError
+            self._remove(step)
+            raise AgentArkError(
+                f"{self.directory / str(step)}: the checkpoint could not be written ({_first_line(error)}); "
+                "free space or make the directory writable, and run the same command again"
+            ) from error
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest checkpoint as (state, memory), or None if there is none. `like` gives shapes and shardings.
+
+        Raises AgentArkError for a checkpoint of another fingerprint (naming the keys that differ) and for a damaged
+        one.
+        """
+        step = self.latest
+        if step is None:
+            return None
+        place = self.directory / str(step)
+        damaged = (
+            f"{place}: the checkpoint is damaged%s; delete this directory to go on from the checkpoint before it, "
+            "or from the start if there is none"
+        )
+        try:
+            arguments = ocp.args.Composite(record=ocp.args.JsonRestore())
+            record = self._manager.restore(step, args=arguments)["record"]
+            intact = record.pop("record_sha256") == _record_digest(record)
+            written, memory, digest = record["fingerprint"], record["memory"], record["sha256"]
+        except Exception as error:  # orbax has no exception of its own for a damaged checkpoint
+            raise AgentArkError(damaged % f" ({_first_line(error)})") from error
+        if not intact:
+            raise AgentArkError(damaged % " (the SHA-256 of its record does not match)")
+        self._refuse_other(place, written, record["format"])
+        try:
+            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
+            state = TrainState(**self._manager.restore(step, args=arguments)["state"])
+        except Exception as error:
+            raise AgentArkError(damaged % f" ({_first_line(error)})") from error
+        if state_digest(state) != digest or int(state.step) != step:
+            raise AgentArkError(damaged % " (its SHA-256 does not match)")
+        return state, memory
+
+    def _refuse_other(self, place: Path, written: Mapping[str, Any], written_format: Any) -> None:
+        if written_format != FORMAT:
+            raise AgentArkError(
+                f"{place}: checkpoint format {written_format}, expected {FORMAT}; delete {place.parent}"
+            )
+        mine = self.fingerprint
+        differing = sorted(key for key in {*written, *mine} if written.get(key) != mine.get(key))
+        if differing:
+            changes = "; ".join(f"{key} was {written.get(key)!r} and is {mine.get(key)!r}" for key in differing)
+            raise AgentArkError(
+                f"{place}: the checkpoint belongs to another fit: {changes}. Restore the old values to resume it, "
+                f"use another run directory, or delete {place.parent} to start again"
+            )
+
+    def _remove(self, step: int) -> None:
+        for leftover in self.directory.glob(f"{step}*"):
+            if leftover.name == str(step) or leftover.name.startswith(f"{step}.orbax"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _record_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300]

@@ -1,0 +1,92 @@
+"""How parameters are fitted to examples."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from agentark_jax.errors import UsageError
+
+Schedule = Literal["cosine", "linear", "constant"]
+
+# They decide what is kept on disk and when, not what is computed: a resumed run may change them.
+BOOKKEEPING = ("checkpoint_every", "keep")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """One fit: AdamW over packed rows. Invalid values raise UsageError.
+
+    Args:
+        learning_rate: peak learning rate.
+        schedule: how the learning rate goes on after the warmup; cosine and linear end at zero.
+        warmup_fraction: share of the steps over which the learning rate rises linearly from zero.
+        weight_decay: decoupled weight decay of AdamW; never applied to norms and biases.
+        clip_norm: the gradient of the trained parameters is scaled down to this global norm.
+        epochs: passes over the examples.
+        steps: stop after this many optimizer steps at the latest; null for whole epochs.
+        rows: packed rows per optimizer step.
+        row_length: tokens per row; longer examples are an error.
+        accumulation: micro-batches that the rows of a step are split into, to save memory; changes no result.
+        freeze: parameters that stay as they are: top-level names or dotted paths, such as [embedding].
+        coefficients: factor of each named loss term; a term that is not named has 1.
+        checkpoint_every: steps between checkpoints; the last step is always saved.
+        keep: how many checkpoints stay on disk.
+        eval_every: steps between evaluations on the validation set; null for none.
+        patience: stop after this many evaluations in a row without improvement; null for never.
+        min_improvement: by how much the validation loss must fall below its best to count as an improvement.
+        remat: recompute activations in the backward pass, to save memory.
+    """
+
+    learning_rate: float = 3e-5
+    schedule: Schedule = "cosine"
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    epochs: int = 1
+    steps: int | None = None
+    rows: int = 4
+    row_length: int = 256
+    accumulation: int = 1
+    freeze: list[str] = field(default_factory=list)
+    coefficients: dict[str, float] = field(default_factory=dict)
+    checkpoint_every: int = 50
+    keep: int = 2
+    eval_every: int | None = None
+    patience: int | None = None
+    min_improvement: float = 0.0
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("steps", "eval_every", "patience"):
+            value = getattr(self, key)
+            _require(value is None or value >= 1, key, value, "at least 1, or null")
+        for key in ("learning_rate", "clip_norm"):
+            value = getattr(self, key)
+            _require(value > 0 and math.isfinite(value), key, value, "a positive number")
+        for key in ("weight_decay", "min_improvement"):
+            value = getattr(self, key)
+            _require(value >= 0 and math.isfinite(value), key, value, "zero or a positive number")
+        for term, value in self.coefficients.items():
+            _require(math.isfinite(value), f"coefficients.{term}", value, "a finite number")
+        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "at least 0 and below 1")
+        _require(self.schedule in get_args(Schedule), "schedule", self.schedule, f"one of {get_args(Schedule)}")
+        _require(
+            self.rows % self.accumulation == 0, "accumulation", self.accumulation, f"a divisor of rows ({self.rows})"
+        )
+        _require(
+            self.patience is None or self.eval_every is not None,
+            "patience",
+            self.patience,
+            "null when eval_every is null; set eval_every to stop early",
+        )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of this config the fitted parameters depend on."""
+        return {key: value for key, value in asdict(self).items() if key not in BOOKKEEPING}
+
+
+def _require(holds: bool, key: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise UsageError(f"{key}: {value!r} is not possible; it must be {wanted}")

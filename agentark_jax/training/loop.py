@@ -1,0 +1,264 @@
+"""The training loop: plain Python around one jitted step, resumable at any moment."""
+
+import hashlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.records import Example, ids_hash, stable_hash
+from agentark_jax.training.checkpoint import Checkpointer
+from agentark_jax.training.config import FitConfig
+from agentark_jax.training.metrics import MetricsLog
+from agentark_jax.training.state import FlatParams, TrainState, initial_state, make_optimizer, merge, partition
+from agentark_jax.training.step import make_evaluation, make_step
+
+Progress = Callable[[int, int, int], None]
+Stopped = Literal["completed", "early"]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a fit gave. `params` is the full nested tree, frozen parameters included.
+
+    `tokens` (without padding) and `loss_tokens` were trained on, `seconds` is wall time over all resumed runs.
+    `history` has (step, loss) of every step, `validation_history` (step, loss) of every evaluation, steps from 1.
+    """
+
+    params: dict[str, Any]
+    steps: int
+    tokens: int
+    loss_tokens: int
+    seconds: float
+    history: list[tuple[int, float]]
+    validation_history: list[tuple[int, float]]
+    stopped: Stopped
+
+
+@dataclass
+class Memory:
+    """What the loop must remember besides the train state; it is stored in every checkpoint as JSON."""
+
+    tokens: int = 0
+    loss_tokens: int = 0
+    seconds: float = 0.0
+    history: list[tuple[int, float]] = field(default_factory=list)
+    validation_history: list[tuple[int, float]] = field(default_factory=list)
+    best: float = math.inf
+    evaluations_since_best: int = 0
+    stopped_early: bool = False
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> "Memory":
+        pairs = {key: [(int(a), float(b)) for a, b in value[key]] for key in ("history", "validation_history")}
+        best = math.inf if value["best"] is None else value["best"]
+        return Memory(**{**value, **pairs, "best": best})
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "best": None if math.isinf(self.best) else self.best}
+
+    def note_validation(self, step: int, loss: float, config: FitConfig) -> None:
+        """Records an evaluation and decides whether the fit stops early."""
+        self.validation_history.append((step, loss))
+        if loss < self.best - config.min_improvement:
+            self.best, self.evaluations_since_best = loss, 0
+        else:
+            self.evaluations_since_best += 1
+        self.stopped_early = config.patience is not None and self.evaluations_since_best >= config.patience
+
+
+def fit(
+    config: FitConfig,
+    model_config: ModelConfig,
+    params: Mapping[str, Any],
+    examples: Sequence[Example],
+    *,
+    directory: Path,
+    seed: int,
+    fingerprint: Mapping[str, Any],
+    validation: Sequence[Example] | None = None,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Fits `params` (a nested tree, not modified) to `examples`; the same arguments give the same result.
+
+    Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
+    there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
+    parameters; config, examples and seed are added here. `progress(steps done, steps in all, tokens)` is called after
+    every step. SIGTERM saves and raises SystemExit(143).
+
+    Raises UsageError for examples longer than a row, unknown names in `freeze` or `coefficients`, and an `eval_every`
+    without `validation`; AgentArkError for a loss or gradient that is not finite, unusable examples, a damaged
+    checkpoint or one of another fit, and a directory that cannot be written.
+    """
+    started = time.monotonic()
+    terms = term_names([*examples, *(validation or ())])
+    for term in config.coefficients:
+        if term not in terms:
+            raise UsageError(f"coefficients: no example has the loss term {term!r}; choose among {', '.join(terms)}")
+    coefficients = {term: float(config.coefficients.get(term, 1.0)) for term in terms}
+    shape: dict[str, Any] = {"rows": config.rows, "row_length": config.row_length, "terms": terms}
+    data = packed_batches(examples, seed=seed, epochs=config.epochs, **shape)
+    validation_data = None
+    if config.eval_every is not None:
+        if not validation:
+            raise UsageError("eval_every: there are no validation examples; set eval_every to null or provide some")
+        validation_data = packed_batches(validation, seed=seed, epochs=1, **shape)
+    steps = len(data) if config.steps is None else min(len(data), config.steps)
+
+    trainable, frozen = partition(params, config.freeze)
+    frozen = jax.device_put(frozen)
+    optimizer = make_optimizer(config, steps)
+    identity = {
+        **{f"fit.{key}": value for key, value in config.fingerprint().items()},
+        "model_config": stable_hash(asdict(model_config)),
+        "examples": examples_hash(examples),
+        "validation": examples_hash(validation or ()),
+        "seed": seed,
+        **fingerprint,
+    }
+    memory = Memory()
+    with Checkpointer(directory / "checkpoints", identity, config.keep) as checkpointer:
+        restored = checkpointer.restore(_like(trainable, optimizer))
+        if restored is None:
+            state = initial_state(optimizer, trainable)
+        else:
+            state, memory = restored[0], Memory.from_json(restored[1])
+        if int(state.step) < steps and not memory.stopped_early:
+            run = _Run(config, model_config, coefficients, steps, data, validation_data, frozen, progress)
+            state = run.go(state, memory, checkpointer, directory, started)
+    return FitResult(
+        params=merge(state.params, frozen),
+        steps=int(state.step),
+        tokens=memory.tokens,
+        loss_tokens=memory.loss_tokens,
+        seconds=memory.seconds,
+        history=memory.history,
+        validation_history=memory.validation_history,
+        stopped="early" if memory.stopped_early else "completed",
+    )
+
+
+def examples_hash(examples: Sequence[Example]) -> str:
+    """Content hash of everything in the examples that training reads."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(f"{example.question_id} {ids_hash(example.ids)}\n".encode())
+        for term, weights in sorted(example.weights.items()):
+            digest.update(f"{term}\n".encode())
+            digest.update(np.ascontiguousarray(weights, dtype="<f4").tobytes())
+    return digest.hexdigest()[:24]
+
+
+def _like(trainable: FlatParams, optimizer: Any) -> TrainState:
+    """Shapes, dtypes and placement of the state, without its memory."""
+    shapes = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets; outside of the main thread Python cannot handle signals and it stays unset."""
+    received = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The steps from a state to the end."""
+
+    config: FitConfig
+    model: ModelConfig
+    coefficients: Mapping[str, float]
+    steps: int
+    data: PackedBatches
+    validation: PackedBatches | None
+    frozen: FlatParams
+    progress: Progress | None
+
+    def go(
+        self, state: TrainState, memory: Memory, checkpointer: Checkpointer, directory: Path, started: float
+    ) -> TrainState:
+        """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
+        step = make_step(self.config, self.model, self.coefficients, self.steps)
+        evaluate = make_evaluation(self.config, self.model, self.coefficients)
+        first, before = int(state.step), memory.seconds
+        late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
+        with MetricsLog(directory, first) as log, _sigterm() as terminated:
+            for number, batch in enumerate(self.data.iterate(first, self.steps), first + 1):
+                state, metrics = step(state, self.frozen, batch)
+                if late is not None:
+                    log.write(self._account(*late, memory, checkpointer))
+                late = (number, metrics)
+                last = number == self.steps
+                evaluates = self.validation is not None and (number % (self.config.eval_every or 1) == 0 or last)
+                saves = number % self.config.checkpoint_every == 0 or last
+                if not (evaluates or saves or terminated.is_set()):
+                    continue
+                record = self._account(*late, memory, checkpointer)
+                late = None
+                if evaluates:
+                    record["validation_loss"] = self._validate(evaluate, state.params, number)
+                    memory.note_validation(number, record["validation_loss"], self.config)
+                log.write(record)
+                memory.seconds = before + time.monotonic() - started
+                stops = terminated.is_set()
+                if saves or memory.stopped_early or stops:
+                    checkpointer.save(state, memory.to_json())
+                if stops:
+                    raise SystemExit(143)
+                if memory.stopped_early:
+                    break
+        return state
+
+    def _account(
+        self, number: int, metrics: Mapping[str, Any], memory: Memory, checkpointer: Checkpointer
+    ) -> dict[str, float]:
+        """Fetches a step's metrics, refuses numbers that are not finite, and books the rest."""
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            saved = checkpointer.latest
+            kept = "there is no checkpoint yet" if saved is None else f"the last checkpoint is that of step {saved}"
+            raise AgentArkError(
+                f"step {number}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the "
+                f"batch has the questions {', '.join(self.data.question_ids(number - 1))}. Nothing of this step was "
+                f"saved ({kept} in {checkpointer.directory}). Look at these examples, or lower learning_rate"
+            )
+        memory.tokens += int(values["tokens"])
+        memory.loss_tokens += int(values["loss_tokens"])
+        memory.history.append((number, values["loss"]))
+        if self.progress is not None:
+            self.progress(number, self.steps, memory.tokens)
+        return {"step": number, **dict(sorted(values.items()))}
+
+    def _validate(self, evaluate: Callable[..., Any], params: FlatParams, number: int) -> float:
+        """Σ coefficient · Σ weight·nll / Σ weight over all validation examples."""
+        assert self.validation is not None
+        sums, totals = dict.fromkeys(self.coefficients, 0.0), dict.fromkeys(self.coefficients, 0.0)
+        for batch in self.validation.iterate(0, len(self.validation)):
+            batch_sums, batch_totals = jax.device_get(evaluate(params, self.frozen, batch))
+            for term in self.coefficients:
+                sums[term] += float(batch_sums[term])
+                totals[term] += float(batch_totals[term])
+        loss = sum(self.coefficients[term] * sums[term] / totals[term] for term in totals if totals[term])
+        if not math.isfinite(loss):
+            raise AgentArkError(f"step {number}: the validation loss is {loss}; lower learning_rate")
+        return loss

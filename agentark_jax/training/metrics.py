@@ -1,0 +1,66 @@
+"""What a fit reports while it runs: `metrics.jsonl`, one line per step, and TensorBoard events."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from tensorboardX import SummaryWriter
+
+from agentark_jax.errors import AgentArkError
+
+
+class MetricsLog:
+    """Writes below `directory`, after dropping the lines of steps after `step` (they are about to be repeated)."""
+
+    def __init__(self, directory: Path, step: int) -> None:
+        self._path = directory / "metrics.jsonl"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            _truncate(self._path, step)
+            self._file = self._path.open("a", encoding="utf-8")
+            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """One line, on disk when this returns (as far as a killed process is concerned), and one event per value."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
+        for name, value in record.items():
+            if name != "step":
+                self._events.add_scalar(name, value, int(record["step"]))
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._events.close()
+        self._file.close()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Keeps the lines of steps up to `step`; a line that a kill cut in half belongs to a later one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break
+        kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _unwritable(path: Path, error: OSError) -> AgentArkError:
+    return AgentArkError(f"{path}: cannot be written ({error}); free space or make the directory writable, and rerun")

@@ -1,0 +1,91 @@
+"""What a fit changes: trainable parameters and optimizer. Frozen parameters stand beside it.
+
+Parameters are flat dicts {dotted path: array} here; a frozen path has no optimizer state, no gradient, no checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Int
+
+from agentark_jax.errors import UsageError
+from agentark_jax.training.config import FitConfig
+
+FlatParams = dict[str, Array]
+
+
+class TrainState(NamedTuple):
+    """`step` is the number of optimizer steps done, which is also the position in the data."""
+
+    step: Int[Array, ""]
+    params: FlatParams
+    optimizer: Any
+
+
+def partition(params: Mapping[str, Any], freeze: Sequence[str], key: str = "freeze") -> tuple[FlatParams, FlatParams]:
+    """(trainable, frozen): paths that are, or lie below, one of the dotted prefixes `freeze` are frozen.
+
+    Raises UsageError for a prefix that matches nothing and when nothing is left to train.
+    """
+    flat = flatten_dict(params, sep=".")
+
+    def below(path: str, prefix: str) -> bool:
+        return path == prefix or path.startswith(prefix + ".")
+
+    for prefix in freeze:
+        if not any(below(path, prefix) for path in flat):
+            raise UsageError(f"{key}: no parameter is called {prefix!r}; choose among {', '.join(sorted(params))}")
+    frozen = {path: leaf for path, leaf in flat.items() if any(below(path, prefix) for prefix in freeze)}
+    trainable = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    if not trainable:
+        raise UsageError(f"{key}: {list(freeze)} leaves no parameter to train; freeze less")
+    return trainable, frozen
+
+
+def merge(trainable: FlatParams, frozen: FlatParams) -> dict[str, Any]:
+    """The nested tree that `partition` split."""
+    return unflatten_dict({**trainable, **frozen}, sep=".")
+
+
+def is_decayed(path: str) -> bool:
+    """Whether weight decay applies: not to norms and biases, told by name since layers are stacked."""
+    return not any("norm" in name or name.endswith("bias") for name in path.split("."))
+
+
+def learning_rates(config: FitConfig, steps: int) -> optax.Schedule:
+    """Learning rate of update 0 … `steps`-1: a linear warmup, then the configured schedule."""
+    warmup = round(config.warmup_fraction * steps)
+    rest = max(1, steps - warmup)
+    peak = config.learning_rate
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+    }[config.schedule]
+    if warmup == 0:
+        return after
+    # The first update already moves: a warmup of w updates has the rates peak·1/w … peak.
+    rising = optax.linear_schedule(peak / warmup, peak, max(1, warmup - 1))
+    return optax.join_schedules([rising, after], [warmup])
+
+
+def make_optimizer(config: FitConfig, steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping, then AdamW (Loshchilov & Hutter 2019) under the schedule of `steps` updates."""
+
+    def decayed(params: FlatParams) -> dict[str, bool]:
+        return {path: is_decayed(path) for path in params}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(learning_rates(config, steps), weight_decay=config.weight_decay, mask=decayed),
+    )
+
+
+def initial_state(optimizer: optax.GradientTransformation, trainable: FlatParams) -> TrainState:
+    """Step 0. The parameters are copied, since the step donates its state and the caller keeps its own."""
+    params = {path: jnp.array(leaf, copy=True) for path, leaf in trainable.items()}
+    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))

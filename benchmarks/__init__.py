@@ -1,0 +1,1 @@
+"""Measurements against peers and against a counted floor: `python -m benchmarks.run --help`."""

@@ -1,0 +1,156 @@
+"""Our sides: the training step, the embedded engine, and what this machine can do at all."""
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.engines.base import Request
+from agentark_jax.engines.config import EngineConfig
+from agentark_jax.engines.local import LocalEngine
+from agentark_jax.models.config import load_config
+from agentark_jax.models.weights import load_params
+from agentark_jax.records import Completion, Sampling
+from agentark_jax.training.config import FitConfig
+from agentark_jax.training.state import initial_state, make_optimizer, partition
+from agentark_jax.training.step import make_step
+from benchmarks.inputs import first_loss_position, sft_ids
+from benchmarks.workers import Repeat, Reply, serve
+
+Setup = Mapping[str, Any]
+
+
+def training(setup: Setup) -> Repeat:
+    """One optimizer step per repetition, as the training loop calls it."""
+    batch, length = setup["batch"], setup["length"]
+    fit = FitConfig(
+        learning_rate=setup["learning_rate"],
+        schedule="constant",
+        warmup_fraction=0.0,
+        weight_decay=setup["weight_decay"],
+        clip_norm=setup["clip_norm"],
+        rows=batch,
+        row_length=length,
+        freeze=setup["freeze"],
+    )
+    model = load_config(Path(setup["model"]))
+    trainable, frozen = partition(load_params(Path(setup["model"]), model), fit.freeze)
+    state = initial_state(make_optimizer(fit, setup["steps"]), trainable)
+    del trainable  # the state has its own copy, and memory is measured
+    step = make_step(fit, model, {"completion": 1.0}, setup["steps"])
+    weights = np.zeros((batch, length), np.float32)
+    weights[:, first_loss_position(length) :] = 1.0
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
+
+    def repeat(index: int) -> Reply:
+        nonlocal state
+        inputs = {
+            "ids": sft_ids(model.vocab_size, batch, length, index),
+            "positions": positions,
+            "segment_ids": np.ones((batch, length), np.int32),
+            "weights": {"completion": weights},
+        }
+        started = time.perf_counter()
+        state, metrics = jax.block_until_ready(step(state, frozen, inputs))
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "loss": float(metrics["loss"]), "loss_tokens": int(metrics["loss_tokens"])}
+
+    return repeat
+
+
+def generation(setup: Setup) -> Repeat:
+    """All prompts at once through the embedded engine, greedy, never stopping early."""
+    directory, prompts, new_tokens = Path(setup["model"]), setup["prompts"], setup["new_tokens"]
+    model = load_config(directory)
+    engine = LocalEngine(
+        EngineConfig(slots=len(prompts)),
+        model,
+        load_params(directory, model),
+        Tokenizer(directory),
+        context=max(map(len, prompts)) + new_tokens,
+        model="benchmark",
+        weights="benchmark",
+    )
+    sampling = Sampling(temperature=0.0, max_tokens=new_tokens, stop_ids=(), seed=0)
+    requests = [Request(np.asarray(ids, np.int32), sampling) for ids in prompts]
+
+    async def everyone() -> list[Completion]:
+        return await asyncio.gather(*(engine.generate(request) for request in requests))
+
+    def repeat(index: int) -> Reply:
+        started = time.perf_counter()
+        completions = asyncio.run(everyone())
+        seconds = time.perf_counter() - started
+        return {"seconds": seconds, "ids": [completion.ids.tolist() for completion in completions]}
+
+    return repeat
+
+
+def machine(setup: Setup) -> Repeat:
+    """XLA's rates of fp32 matrix products [M, K] × [K, N] (FLOP/s) and of reading and writing memory (bytes/s).
+
+    Each is the best of a few calls within a repetition, since a floor asks what the machine can do. Another library may
+    multiply faster, and a neighbour may leave while a side works: shares of the floor above 100 % are possible.
+    """
+
+    def repeat(index: int) -> Reply:
+        started = time.perf_counter()
+        rates = {name: _matmul_rate(shape, setup["seconds"]) for name, shape in setup["shapes"].items()}
+        bandwidth = _bandwidth(setup["bandwidth_bytes"], setup["seconds"])
+        return {"seconds": time.perf_counter() - started, "rates": rates, "bandwidth": bandwidth}
+
+    return repeat
+
+
+def _matmul_rate(shape: Sequence[int], seconds: float) -> float:
+    """The better of two layouts of the right operand: one can be twice as fast as the other."""
+    rows, inner, columns = shape
+    left = jnp.ones((rows, inner), jnp.float32)
+    shortest = []
+    for formula, right_shape in (("mk,kn->mn", (inner, columns)), ("mk,nk->mn", (columns, inner))):
+        right = jnp.ones(right_shape, jnp.float32)
+        multiply = jax.jit(partial(jnp.einsum, formula))
+        shortest.append(_shortest(partial(multiply, left, right), seconds))
+        del right  # before the next is made: the head's is large
+    return 2 * rows * inner * columns / min(shortest)
+
+
+def _bandwidth(size: int, seconds: float) -> float:
+    """Bytes read and written per second by an update in place; the array is much larger than any cache."""
+    update = partial(jax.jit, donate_argnums=0)(lambda x: x * 1.5)
+    array = jnp.ones(size // 4, jnp.float32)
+
+    def run() -> jax.Array:
+        nonlocal array
+        array = update(array)
+        return array
+
+    return 2 * size / _shortest(run, seconds)
+
+
+def _shortest(call: Any, seconds: float) -> float:
+    """The shortest of at least two calls, repeated for `seconds`, after one that compiles."""
+    jax.block_until_ready(call())
+    taken: list[float] = []
+    while len(taken) < 2 or sum(taken) < seconds:
+        started = time.perf_counter()
+        jax.block_until_ready(call())
+        taken.append(time.perf_counter() - started)
+    return min(taken)
+
+
+def build(setup: Setup) -> tuple[Repeat, Reply]:
+    sides = {"training": training, "generation": generation, "machine": machine}
+    return sides[setup["side"]](setup), {"threads": os.cpu_count()}
+
+
+if __name__ == "__main__":
+    serve(build)

@@ -1,0 +1,336 @@
+"""The benchmarks' arithmetic against independent counts, the schema of their results, and the process harness."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.transformer import param_shapes
+from agentark_jax.models.weights import save_pretrained
+from agentark_jax.tasks.config import TaskConfig
+from agentark_jax.tasks.word_problems import WordProblems
+from benchmarks import flops, generation, results, run, sft_step
+from benchmarks.inputs import first_loss_position, prompts, sft_ids
+from benchmarks.workers import ROOT, Side, Worker, interleaved
+
+VOCABULARY, WINDOW, BATCH, LENGTH = 97, 5, 2, 12
+GEMMA = {
+    "model_type": "gemma3_text",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "query_pre_attn_scalar": 6,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 64,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+}
+CONFIG = ModelConfig.from_hf(GEMMA, "test")
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """The same model in transformers, with attention as plain matrix products that torch can count."""
+    pytest.importorskip("torch", reason="torch is not installed (extra `test`)")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra `test`)")
+        config = transformers.Gemma3TextConfig(**{key: value for key, value in GEMMA.items() if key != "model_type"})
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+def torch_counts(work) -> SimpleNamespace:
+    """FLOPs that torch counts while `work` runs: `mm` for weights, `bmm` for attention."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with FlopCounterMode(display=False) as counter:
+            work()
+    counted = counter.get_flop_counts()["Global"]
+    return SimpleNamespace(mm=counted[torch.ops.aten.mm], bmm=counted[torch.ops.aten.bmm])
+
+
+def loss_at(peer, positions: slice):
+    """A loss on some positions of every row, as the peer with its head on loss tokens computes it."""
+    import torch
+
+    ids = torch.from_numpy(sft_ids(VOCABULARY, BATCH, LENGTH, 0)).long()
+    hidden = peer.model(input_ids=ids, use_cache=False).last_hidden_state[:, positions]
+    return torch.nn.functional.cross_entropy(peer.lm_head(hidden.flatten(0, 1)), ids[:, positions].flatten())
+
+
+@pytest.mark.parametrize("loss_tokens_per_row", [LENGTH, 7])
+def test_training_flops_are_those_torch_counts(peer, loss_tokens_per_row):
+    counted = torch_counts(lambda: loss_at(peer, slice(0, loss_tokens_per_row)).backward())
+    ours = flops.sft_flops(CONFIG, batch=BATCH, length=LENGTH, loss_tokens=BATCH * loss_tokens_per_row, train_head=True)
+    assert ours["trunk"] + ours["head"] == counted.mm
+    # Torch multiplies all pairs of positions; counted are those that the masks allow.
+    allowed = brute_force_pairs(LENGTH)
+    assert ours["attention"] * LENGTH**2 * CONFIG.num_layers == counted.bmm * allowed
+
+
+def test_a_frozen_head_saves_its_own_gradient(peer):
+    peer.lm_head.weight.requires_grad_(False)
+    try:
+        frozen = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
+    finally:
+        peer.lm_head.weight.requires_grad_(True)
+    ours = flops.sft_flops(CONFIG, batch=BATCH, length=LENGTH, loss_tokens=7 * BATCH, train_head=False)
+    assert ours["trunk"] + ours["head"] == frozen.mm
+
+
+def test_forward_flops_are_those_torch_counts(peer):
+    import torch
+
+    ids = torch.from_numpy(sft_ids(VOCABULARY, BATCH, LENGTH, 0)).long()
+    with torch.no_grad():
+        counted = torch_counts(lambda: peer(input_ids=ids, use_cache=False))
+    lengths, new_tokens = [5, 9, 1], 3
+    total = generation.total_flops(CONFIG, lengths, new_tokens)
+    forward_tokens = sum(length - 1 + new_tokens for length in lengths)  # the last token drawn is never read
+    per_token = counted.mm // (BATCH * LENGTH)
+    assert total["trunk"] + total["head"] == per_token * forward_tokens - 2 * VOCABULARY * CONFIG.hidden_size * sum(
+        length - 1 for length in lengths
+    )
+    pairs = sum(brute_force_pairs(length - 1 + new_tokens) for length in lengths)
+    assert total["attention"] == 4 * CONFIG.num_heads * CONFIG.head_dim * pairs
+
+
+def brute_force_pairs(length: int) -> int:
+    """Pairs (query, key) over all layers, counted in masks."""
+    query, key = np.mgrid[:length, :length]
+    full = key <= query
+    sliding = full & (query - key < WINDOW)
+    return int(full.sum() + 2 * sliding.sum())
+
+
+def test_decode_bytes_are_weights_and_the_attended_cache(peer):
+    weights = [weight for name, weight in peer.named_parameters() if "norm" not in name]
+    positions = [0, 3, 11]
+    cached = sum((position + 1) + 2 * min(position + 1, WINDOW) for position in positions)
+    numbers = sum(weight.numel() for weight in weights) + cached * 2 * CONFIG.num_kv_heads * CONFIG.head_dim
+    assert flops.decode_bytes(CONFIG, positions) == 4 * numbers
+
+
+def test_the_floor_of_generation_takes_the_larger_of_computing_and_reading():
+    rates = {"prefill": 2e9, "decode": 1e9, "head": 3e9}
+    slow_memory = generation.floor_seconds(CONFIG, [5, 9], 2, rates, bandwidth=1e3)
+    fast_memory = generation.floor_seconds(CONFIG, [5, 9], 2, rates, bandwidth=1e15)
+    prefill = sum(flops.prefill_flops(CONFIG, [5, 9]).values()) / 2e9
+    steps = [[4, 8], [5, 9]]
+    assert generation.step_positions([5, 9], 2) == steps
+    assert slow_memory == pytest.approx(prefill + sum(flops.decode_bytes(CONFIG, step) for step in steps) / 1e3)
+    work = [flops.decode_flops(CONFIG, step) for step in steps]
+    expected = prefill + sum((part["trunk"] + part["attention"]) / 1e9 + part["head"] / 3e9 for part in work)
+    assert fast_memory == pytest.approx(expected)
+
+
+def test_half_of_the_tokens_have_no_loss():
+    assert first_loss_position(256) == 128
+    ids = sft_ids(50, 4, 256, 1)
+    assert (ids.shape, ids.dtype) == ((4, 256), np.int32)
+    assert (sft_ids(50, 4, 256, 1) == ids).all()
+    assert (sft_ids(50, 4, 256, 2) != ids).any()
+
+
+MACHINE_REPLY = {"seconds": 1.0, "rates": {"trunk": 2e9, "head": 4e9}, "bandwidth": 5e9, "peak_rss_gb": 1.0}
+
+
+def side(*seconds: float, memory: float = 3.0) -> list[dict]:
+    return [{"seconds": value, "peak_rss_gb": memory, "threads": 2} for value in seconds]
+
+
+GROUPS = [
+    {"machine": [MACHINE_REPLY] * 3, "a": side(9, 2, 4), "b": side(9, 4, 4)},
+    {"machine": [MACHINE_REPLY] * 3, "a": side(7, 1, 2, memory=4.0), "c": side(5, 5, 20)},
+]
+
+
+def make_result() -> results.Result:
+    names = {"a": "side a", "b": "side b", "c": "side c", "absent": "did not run"}
+    work = {"trunk": 10, "head": 4}
+    return results.Result(
+        benchmark="sft_step",
+        title="Title",
+        unit="tokens/s",
+        quick=True,
+        model={"name": "tiny"},
+        sizes={"batch": 4},
+        rows=results.rows_of(GROUPS, names, lambda name: work, lambda name, able: 0.5, tokens=8),
+        ratios=results.ratios_of(GROUPS, "a", {"b": 1.6, "c": None, "absent": None}),
+        checks=[results.Check("difference", 1e-6, 1e-4)],
+        rates=results.rates_of(GROUPS),
+        environment=results.environment(),
+    )
+
+
+def test_rows_and_ratios_leave_out_the_warmup_and_pair_neighbours():
+    result = make_result()
+    assert [row.name for row in result.rows] == ["a", "b", "c"]
+    first = result.rows[0]
+    assert first.tokens_per_second == results.Spread(4.0, 2.0, 8.0, [4.0, 2.0, 8.0, 4.0])
+    assert first.floor_fraction.values == [0.25, 0.125, 0.5, 0.25]
+    assert (first.peak_rss_gb, first.warmup_seconds) == (4.0, 8.0)
+    assert {ratio.over: ratio.value.values for ratio in result.ratios} == {"b": [2.0, 1.0], "c": [5.0, 10.0]}
+    assert result.rates["head"].median == 4.0
+    assert result.rates["bandwidth"].median == 5.0
+
+
+def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
+    result = make_result()
+    path = results.write(result, tmp_path / "new")
+    assert path.name == "sft_step.quick.json"
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+    assert results.read(path) == result
+    table = results.table(result)
+    assert "| side b | 2.0 (2.0 – 2.0) | **1.50×** (1.00 – 2.00, goal 1.6×) | 12% (12% – 12%) | 3.0 GB |" in table
+
+
+def test_result_files_of_another_shape_are_refused(tmp_path):
+    value = make_result().to_json()
+    broken = [{**value, "surprise": 1}, {key: part for key, part in value.items() if key != "rows"}, [], None]
+    for content in [*map(json.dumps, broken), "{"]:
+        path = tmp_path / "sft_step.json"
+        path.write_text(content)
+        with pytest.raises(AgentArkError, match=r"sft_step\.json"):
+            results.read(path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+def test_the_result_files_of_this_repository_have_the_schema(path: Path):
+    result = results.read(path)
+    assert path == results.path_of(path.parent, result.benchmark, result.quick)
+    assert result.benchmark in run.SUITES["cpu"]
+    assert all(check.limit is None or check.value <= check.limit for check in result.checks)
+    assert {"cpu", "cores", "packages", "git_revision"} <= set(result.environment)
+    assert f"{os.sep}home{os.sep}" not in path.read_text()
+
+
+def test_sides_that_disagree_have_no_speed():
+    good = {"a": {"loss": 2.0, "loss_tokens": 8}, "b": {"loss": 2.0001, "loss_tokens": 8}}
+    assert sft_step.compare_losses(good, 8).value == pytest.approx(5e-5, rel=1e-3)
+    for reply in (
+        {"loss": 2.001, "loss_tokens": 8},
+        {"loss": 2.0, "loss_tokens": 9},
+        {"loss": np.nan, "loss_tokens": 8},
+    ):
+        with pytest.raises(AgentArkError, match="do not compute the same step"):
+            sft_step.compare_losses({**good, "b": reply}, 8)
+    same = [[1] * 100, [2] * 100]
+    tokens, sequences = generation.compare_tokens(same, [[1] * 100, [2] * 98 + [3] * 2], 100)
+    assert (tokens.value, sequences.value) == (pytest.approx(0.01), 0.5)
+    with pytest.raises(AgentArkError, match="differ"):
+        generation.compare_tokens(same, [[1] * 100, [2] * 90 + [3] * 10], 100)
+    with pytest.raises(AgentArkError, match="new each"):
+        generation.compare_tokens(same, same, 99)
+
+
+def test_later_losses_are_compared_without_the_frozen_side():
+    def losses(*values: float) -> list[dict]:
+        return [{"loss": value} for value in values]
+
+    group = {"machine": losses(0, 0), sft_step.OURS: losses(5, 2), sft_step.FROZEN: losses(5, 9), "x": losses(5, 1)}
+    assert sft_step.later_difference([group]) == pytest.approx(0.5)
+    with pytest.raises(AgentArkError, match="not finite"):
+        sft_step.later_difference([{**group, "x": losses(5, np.nan)}])
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with random weights of the config above and a tokenizer trained on a few questions."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("models") / "tiny"
+    texts = [question.prompt for question in WordProblems(TaskConfig()).questions("warm_start", 40)]
+    train_tokenizer(texts, 320, source)
+    # A head of its own: a tied one would only repeat the last token.
+    raw = {**GEMMA, "vocab_size": Tokenizer(source).vocabulary_size, "tie_word_embeddings": False}
+    raw["max_position_embeddings"] = 128
+    (source / "config.json").write_text(json.dumps(raw))
+    config = ModelConfig.from_hf(raw, "test")
+    random = np.random.default_rng(0)
+    # Large weights, so that no two tokens score nearly the same.
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.4, leaf.shape).astype(np.float32), param_shapes(config))
+    return save_pretrained(target, config, params, source)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of torch and transformers
+def test_our_sides_and_the_peers_do_the_same_work(tiny_model: Path):
+    pytest.importorskip("transformers", reason="transformers is not installed (extra `test`)")
+    from benchmarks import jax_sides, torch_sides
+
+    common = {"model": str(tiny_model), "batch": 2, "length": 12, "steps": 3}
+    settings = {"side": "training", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
+    sides = {
+        "ours": jax_sides.build({**common, **settings, "freeze": []})[0],
+        "dense": torch_sides.build({**common, **settings, "head": "dense"})[0],
+        "loss tokens": torch_sides.build({**common, **settings, "head": "loss_tokens"})[0],
+    }
+    # Later steps too: they see what the optimizer did.
+    for index in range(3):
+        sft_step.compare_losses({name: repeat(index) for name, repeat in sides.items()}, loss_tokens=12)
+    common = {"model": str(tiny_model), "side": "generation", "prompts": prompts(tiny_model, 3), "new_tokens": 5}
+    ours, theirs = (module.build(common)[0](0)["ids"] for module in (jax_sides, torch_sides))
+    assert generation.compare_tokens(ours, theirs, 5)[0].value == 0
+    assert len({tuple(ids) for ids in ours}) > 1
+
+
+def test_prompts_have_the_lengths_that_are_claimed(tiny_model: Path):
+    made = prompts(tiny_model, 9)
+    assert [len(ids) for ids in made] == [48, 52, 56, 60, 64, 68, 72, 76, 80]
+    tokenizer = Tokenizer(tiny_model)
+    assert {ids[0] for ids in made} == {tokenizer.bos_id}
+    assert all(tokenizer.decode(ids).endswith("\nAnswer:") for ids in made)
+
+
+def test_sides_take_turns_in_processes_of_their_own():
+    shapes = {"product": [64, 32, 16]}
+    setup = {"side": "machine", "shapes": shapes, "seconds": 0.0, "bandwidth_bytes": 2**16}
+    said: list[str] = []
+    checked: list[dict] = []
+    sides = [Side(name, "benchmarks.jax_sides", setup) for name in ("a", "b")]
+    replies = interleaved(sides, 1, checked.append, said.append)
+    assert [line.split(": ")[1] for line in said[2:]] == ["a", "b", "a", "b"]
+    assert checked == [{name: found[0] for name, found in replies.items()}]
+    for found in replies.values():
+        assert len(found) == 2
+        assert found[1]["rates"]["product"] > 0
+        assert found[1]["bandwidth"] > 0
+        assert 0 < found[1]["seconds"] <= found[1]["wall_seconds"]
+        assert found[1]["peak_rss_gb"] > 0.05
+
+
+def test_a_side_that_dies_is_named(capfd):
+    with pytest.raises(AgentArkError, match="the side 'lost'"):
+        Worker(Side("lost", "benchmarks.jax_sides", {"side": "nothing"}))
+    assert "KeyError" in capfd.readouterr().err
+
+
+def test_what_cannot_be_run_is_refused(tmp_path, capsys):
+    assert run.main(["--only", "speed"]) == UsageError.exit_code
+    assert "sft_step, generation" in capsys.readouterr().err
+    assert run.main(["--table", "--results", str(tmp_path)]) == UsageError.exit_code
+    results.write(make_result(), tmp_path)
+    assert run.main(["--table", "--quick", "--results", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("### Title\n")

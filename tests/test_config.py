@@ -1,0 +1,98 @@
+"""The command line: what teaches, what is refused and how, what is saved."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agentark_jax import cli, config
+from agentark_jax.errors import UsageError
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*arguments: str) -> config.RunConfig:
+    return config.parse(arguments, "agentark run", "")[0]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
+    parsed = parse("--config", str(path))
+    assert parsed.name == path.stem
+    (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
+    assert parse("--config", str(tmp_path / "again.yaml")) == parsed
+
+
+def test_later_options_override_the_file():
+    parsed = parse("--config", str(ROOT / "configs/quickstart.yaml"), "--debate.rounds", "3", "--seeds", "[3,4]")
+    assert parsed.debate.rounds == 3
+    assert parsed.debate.agents == 3
+    assert parsed.seeds == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("debate: {agnts: 3}", r"debate\.agnts.*debate\.agents"),
+        ("debat: {agents: 3}", r"debat.*debate"),
+        ("agents: 3", r"agents.*debate\.agents"),
+        ("debate: {agents: many}", r"debate\.agents.*int.*many"),
+        ("debate: {agents: -1}", r"debate\.agents is -1"),
+        ("questions: {held_out: -5}", r"questions\.held_out is -5"),
+        ("fit: {learning_rate: -1.0}", r"learning_rate.*-1\.0"),
+        ("engine: {slots: 0}", r"engine\.slots is 0"),
+        ("seeds: []", r"seeds is \[\]"),
+        ("seeds: [1, 1]", r"seeds is \[1, 1\]"),
+        ("name: ../elsewhere", r"name is '\.\./elsewhere'"),
+        ("curve: [1.5]", r"curve is \[1\.5\]"),
+        ("debate: [", r"(?i)pars"),
+        ("just text", r"(?i)config"),
+    ],
+)
+def test_a_wrong_file_is_refused_naming_file_key_and_fix(tmp_path, capsys, content, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(content)
+    assert cli.main(["run", "--config", str(path)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("usage error: ")
+    assert shown.count("\n") == 1
+    assert "Traceback" not in shown
+    assert str(path) in shown
+    assert pytest.raises(UsageError, match=message).matches(UsageError(shown))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--debate.agnts", "3"], "debate.agents"),
+        (["run", "--debate.agents", "many"], "debate.agents"),
+        (["run", "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["runn"], "unknown command"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, arguments, message):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_teaches_without_loading_jax():
+    for command, expected in [
+        ([], "agentark run --config configs/quickstart.yaml"),
+        (["run"], "number of agents"),
+    ]:
+        script = (
+            "import sys\nfrom agentark_jax import cli\n"
+            f"try:\n    cli.main({[*command, '--help']})\nexcept SystemExit as done:\n    assert not done.code\n"
+            "assert 'jax' not in sys.modules and 'scipy' not in sys.modules and 'torch' not in sys.modules\n"
+        )
+        shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
+        assert expected in shown.stdout
+
+
+def test_the_saved_configuration_is_complete(tmp_path):
+    saved = yaml.safe_load(config.to_yaml(parse()))
+    assert set(saved) == set(config.RunConfig.__dataclass_fields__)
+    assert config.flat(saved)["warm_start.answer.learning_rate"] == parse().warm_start.answer.learning_rate

@@ -1,0 +1,186 @@
+"""The embedded engine: exact log-probabilities, independence of slot and neighbours, seeds, limits."""
+
+import asyncio
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from agentark_jax.engines.base import Request
+from agentark_jax.engines.config import EngineConfig
+from agentark_jax.engines.local import LocalEngine
+from agentark_jax.engines.sampling import sample
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models import transformer
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.source import ScratchConfig
+from agentark_jax.records import Sampling
+
+VOCABULARY, EOS = 517, 1  # no multiple of the sampler's block
+CONFIG = ModelConfig.from_hf(
+    ScratchConfig(hidden_size=48, layers=2, head_dim=12, intermediate_size=64).to_hf(
+        vocabulary=VOCABULARY, bos_id=2, eos_id=EOS
+    ),
+    "test",
+)
+PARAMS = transformer.init_params(CONFIG, 0)
+TOKENIZER = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+
+
+def make_engine(**settings) -> LocalEngine:
+    config = EngineConfig(**{"slots": 4, "chunk": 8, "prompt_bucket": 32, **settings})
+    return LocalEngine(config, CONFIG, PARAMS, TOKENIZER, context=96, model="model", weights="weights")
+
+
+def requests(count: int, **sampling) -> list[Request]:
+    random = np.random.default_rng(0)
+    return [
+        Request(
+            random.integers(3, VOCABULARY, random.integers(1, 60)).astype(np.int32),
+            Sampling(**{"temperature": 0.9, "max_tokens": 20, "stop_ids": (EOS,), "seed": 2**40 + seed, **sampling}),
+        )
+        for seed in range(count)
+    ]
+
+
+def generate(engine: LocalEngine, asked: list[Request]):
+    async def everyone():
+        return await asyncio.gather(*(engine.generate(request) for request in asked))
+
+    return asyncio.run(everyone())
+
+
+def trainer_logprobs(request: Request, completion, temperature: float) -> np.ndarray:
+    ids = np.concatenate([request.prompt_ids, completion.ids])[None]
+    hidden = transformer.hidden_states(CONFIG, PARAMS, ids, np.arange(ids.shape[1])[None], None)
+    logprobs = np.asarray(jax.nn.log_softmax(transformer.logits(CONFIG, PARAMS, hidden) / temperature))[0]
+    start = len(request.prompt_ids) - 1
+    return logprobs[np.arange(start, start + len(completion.ids)), completion.ids]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_are_those_the_trainer_computes(temperature):
+    asked = requests(6, temperature=temperature)
+    for request, completion in zip(asked, generate(make_engine(), asked), strict=True):
+        np.testing.assert_allclose(completion.logprobs, trainer_logprobs(request, completion, temperature), atol=1e-4)
+
+
+def test_greedy_tokens_are_the_argmax_of_the_trainers_logits():
+    asked = requests(4, temperature=0.0, max_tokens=30)
+    for request, completion in zip(asked, generate(make_engine(), asked), strict=True):
+        ids = np.concatenate([request.prompt_ids, completion.ids])[None]
+        hidden = transformer.hidden_states(CONFIG, PARAMS, ids, np.arange(ids.shape[1])[None], None)
+        best = np.asarray(transformer.logits(CONFIG, PARAMS, hidden)).argmax(-1)[0]
+        np.testing.assert_array_equal(best[len(request.prompt_ids) - 1 : -1], completion.ids)
+        np.testing.assert_allclose(completion.logprobs, trainer_logprobs(request, completion, 1.0), atol=1e-4)
+
+
+def test_a_completion_depends_on_its_request_alone():
+    asked = requests(14)
+    together = generate(make_engine(), asked)
+    order = np.random.default_rng(1).permutation(len(asked))
+    shuffled = generate(make_engine(chunk=3), [asked[index] for index in order])
+    alone = [generate(make_engine(), [request])[0] for request in asked[:4]]
+    for position, index in enumerate(order):
+        assert shuffled[position].ids.tobytes() == together[index].ids.tobytes()
+        assert shuffled[position].logprobs.tobytes() == together[index].logprobs.tobytes()
+    for one, other in zip(alone, together, strict=False):
+        assert one.logprobs.tobytes() == other.logprobs.tobytes()
+
+
+def test_samples_of_one_prompt_differ_by_seed_and_share_the_prefill():
+    base = requests(1)[0]
+    asked = [Request(base.prompt_ids, Sampling(1.0, 20, (EOS,), seed)) for seed in (1, 2, 1 + 2**32)]
+    engine = make_engine()
+    texts = [tuple(completion.ids) for completion in generate(engine, asked)]
+    assert len(set(texts)) == 3
+    assert engine.prefilled_tokens == len(base.prompt_ids) - 1
+    assert engine.sampled_tokens == sum(map(len, texts))
+
+
+def test_completions_end_at_a_stop_id_or_at_the_limit():
+    long = requests(3, max_tokens=12)
+    for completion in generate(make_engine(), long):
+        assert completion.finish == ("stop" if completion.ids[-1] == EOS else "length")
+        assert len(completion.ids) <= 12
+        assert EOS not in completion.ids[:-1]
+    first = generate(make_engine(), long[:1])[0]
+    stopping = Request(long[0].prompt_ids, Sampling(0.9, 12, (EOS, int(first.ids[4])), long[0].sampling.seed))
+    stopped = generate(make_engine(), [stopping])[0]
+    assert stopped.finish == "stop"
+    assert stopped.ids.tolist() == first.ids[: first.ids.tolist().index(first.ids[4]) + 1].tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "message"),
+    [
+        ([5] * 90, {}, "engine.context"),
+        ([5, VOCABULARY], {}, "vocabulary"),
+        ([5, -1], {}, "vocabulary"),
+        ([], {}, "prompt"),
+        ([5], {"max_tokens": 0}, "max_tokens"),
+        ([5], {"stop_ids": (1, 2, 3, 4, 5)}, "stop ids"),
+    ],
+)
+def test_requests_that_cannot_be_served_are_refused(prompt, sampling, message):
+    request = Request(
+        np.asarray(prompt, np.int32),
+        Sampling(**{"temperature": 1.0, "max_tokens": 20, "stop_ids": (EOS,), "seed": 0, **sampling}),
+    )
+    with pytest.raises(AgentArkError, match=message):
+        generate(make_engine(), [request])
+
+
+def test_a_failure_reaches_everyone_and_the_engine_goes_on(monkeypatch):
+    engine = make_engine()
+    monkeypatch.setattr(engine, "_decode", lambda: (_ for _ in ()).throw(AgentArkError("device lost")))
+    with pytest.raises(AgentArkError, match="device lost"):
+        generate(engine, requests(6))
+    monkeypatch.undo()
+    asked = requests(3)
+    for one, other in zip(generate(engine, asked), generate(make_engine(), asked), strict=True):
+        assert one.ids.tobytes() == other.ids.tobytes()
+
+
+def test_sampling_follows_the_distribution():
+    logits = np.random.default_rng(0).normal(size=(1, 700)).astype(np.float32) * 2
+    draws = 40_000
+    uniforms = (np.arange(draws, dtype=np.float32) + 0.5) / draws
+    batch = 4_000
+    tokens = np.concatenate(
+        [
+            np.asarray(
+                sample(
+                    np.repeat(logits, batch, 0), uniforms[i : i + batch], np.full(batch, 0.8, "f"), np.ones(batch, "f")
+                )[0]
+            )
+            for i in range(0, draws, batch)
+        ]
+    )
+    expected = np.exp(logits[0] / 0.8 - np.logaddexp.reduce(logits[0] / 0.8))
+    # Evenly spaced uniforms through an inverse distribution function: each frequency is off by a draw or two at most.
+    assert np.abs(np.bincount(tokens, minlength=700) / draws - expected).max() < 3 / draws
+
+
+def test_top_p_keeps_the_likeliest_tokens_and_leaves_logprobs_whole():
+    logits = np.log(np.asarray([[0.5, 0.3, 0.15, 0.05]], np.float32)).repeat(999, 0)
+    uniforms = np.linspace(0, 0.9999, 999, dtype=np.float32)
+    tokens, logprobs = sample(logits, uniforms, np.ones(999, "f"), np.full(999, 0.7, "f"))
+    assert set(np.asarray(tokens).tolist()) == {0, 1}
+    assert np.mean(np.asarray(tokens) == 0) == pytest.approx(0.5 / 0.8, abs=0.01)
+    np.testing.assert_allclose(np.exp(np.asarray(logprobs)), np.where(np.asarray(tokens) == 0, 0.5, 0.3), rtol=1e-5)
+
+
+@pytest.mark.parametrize("edge", [0.0, np.nextafter(np.float32(1), np.float32(0))])
+def test_extreme_uniforms_never_draw_an_impossible_token(edge):
+    logits = np.full((2, 1025), -np.inf, np.float32)
+    logits[0, 600], logits[1, 1024] = 0.0, 0.0
+    tokens, logprobs = sample(logits, np.full(2, edge, "f"), np.ones(2, "f"), np.ones(2, "f"))
+    assert np.asarray(tokens).tolist() == [600, 1024]
+    np.testing.assert_allclose(logprobs, 0, atol=1e-6)
+
+
+def test_engine_settings_are_checked():
+    with pytest.raises(UsageError, match=r"engine\.slots"):
+        EngineConfig(slots=0)

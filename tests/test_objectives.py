@@ -1,0 +1,218 @@
+"""The losses: against dense log-softmax, an independent NumPy reference and finite differences."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentark_jax.objectives.chunked import chunk_rows, chunked_nll
+from agentark_jax.objectives.sft import sft_loss_from_hidden, term_totals, term_weights
+
+
+def dense_nll(hidden, head, targets, soft_cap):
+    logits = hidden @ head.T
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+
+
+def problem(seed, tokens, vocabulary, size, share):
+    rng = np.random.default_rng(seed)
+    return (
+        jnp.asarray(rng.normal(size=(tokens, size)), jnp.float32),
+        jnp.asarray(rng.normal(size=(vocabulary, size)), jnp.float32),
+        jnp.asarray(rng.integers(0, vocabulary, tokens), jnp.int32),
+        jnp.asarray(rng.normal(size=tokens), jnp.float32),
+        jnp.asarray(rng.random(tokens) < share),
+    )
+
+
+def assert_close(actual, expected):
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * max(1e-3, np.abs(expected).max(initial=0.0)))
+
+
+@partial(jax.jit, static_argnames=("chunk", "soft_cap"))
+def both(hidden, head, targets, coefficients, mask, chunk, soft_cap):
+    """(value, nll, gradients) chunked and dense; then the chunked gradients asked for one at a time."""
+
+    def chunked(hidden, head):
+        chunk_bytes = chunk * head.shape[0] * 4
+        total, nll = chunked_nll(hidden, head, targets, coefficients, mask, soft_cap=soft_cap, chunk_bytes=chunk_bytes)
+        return 3.0 * total, nll
+
+    def dense(hidden, head):
+        nll = jnp.where(mask, dense_nll(hidden, head, targets, soft_cap), 0.0)
+        return 3.0 * jnp.sum(coefficients * nll), nll
+
+    alone = tuple(jax.grad(chunked, index, has_aux=True)(hidden, head)[0] for index in (0, 1))
+    ours, reference = (jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, head) for f in (chunked, dense))
+    return ours, reference, alone, chunked(hidden, head)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    case=st.sampled_from([(1, 1, None), (12, 5, 3.0), (13, 13, None), (12, 1, None)]),
+    share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+)
+def test_chunked_equals_dense_in_values_and_gradients(seed, case, share):
+    tokens, chunk, soft_cap = case
+    ours, reference, alone, undifferentiated = both(
+        *problem(seed, tokens, 17, 6, share), chunk=chunk, soft_cap=soft_cap
+    )
+    jax.tree.map(assert_close, ours, reference)
+    jax.tree.map(assert_close, alone, reference[1])
+    jax.tree.map(assert_close, undifferentiated, reference[0])
+
+
+def test_per_token_nll_carries_no_gradient():
+    hidden, head, targets, coefficients, mask = problem(0, 5, 7, 3, 1.0)
+    gradient = jax.grad(lambda h: chunked_nll(h, head, targets, coefficients, mask)[1].sum())(hidden)
+    assert not np.any(np.asarray(gradient))
+
+
+def matmuls(closed):
+    """(dot products, their largest operand counts) of a jaxpr, those inside of loops and calls included."""
+    found = []
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                found.append(max(variable.aval.size for variable in equation.outvars))
+            for parameter in equation.params.values():
+                for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
+                    inner = getattr(inner, "jaxpr", inner)
+                    if hasattr(inner, "eqns"):
+                        visit(inner)
+
+    visit(closed.jaxpr)
+    return found
+
+
+def test_a_frozen_head_costs_two_matrix_products_and_a_trained_one_three_and_no_dense_logits_exist():
+    hidden, head, targets, coefficients, mask = problem(0, 64, 50, 4, 0.5)
+
+    def loss(hidden, head):
+        return chunked_nll(hidden, head, targets, coefficients, mask, chunk_bytes=8 * 50 * 4)[0]
+
+    frozen = matmuls(jax.make_jaxpr(jax.grad(loss, 0))(hidden, head))
+    trained = matmuls(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head))
+    forward = matmuls(jax.make_jaxpr(loss)(hidden, head))
+    assert (len(forward), len(frozen), len(trained)) == (1, 2, 3)
+    assert max(trained) < 64 * 50
+
+
+def test_tokens_without_loss_are_never_multiplied_with_the_head():
+    # A NaN in a hidden state that has no loss would reach the sum if its chunk were computed.
+    hidden, head, targets, coefficients, _ = problem(0, 12, 9, 4, 1.0)
+    mask = jnp.arange(12) % 3 == 0
+    poisoned = jnp.where(mask[:, None], hidden, jnp.nan)
+
+    def loss(hidden):
+        return chunked_nll(hidden, head, targets, coefficients, mask, chunk_bytes=2 * 9 * 4)[0]
+
+    value, gradient = jax.value_and_grad(loss)(poisoned)
+    assert np.isfinite(value)
+    assert np.all(np.isfinite(gradient))
+
+
+def test_chunk_rows():
+    assert chunk_rows(1024, 262_144, 2**27) == 128
+    assert chunk_rows(10, 100, 2**27) == 10
+    assert chunk_rows(1024, 262_144, 1) == 1
+
+
+def two_term_batch(rng, batch=2, length=9, vocabulary=11):
+    segment_ids = np.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 9])[:batch, :length]
+    weights = {
+        "answer": (rng.random((batch, length)) < 0.4).astype(np.float32),
+        "rationale": rng.random((batch, length)).astype(np.float32),
+    }
+    ids = rng.integers(0, vocabulary, (batch, length)).astype(np.int32)
+    return {
+        "ids": ids,
+        "positions": np.zeros_like(ids),
+        "segment_ids": segment_ids.astype(np.int32),
+        "weights": weights,
+    }
+
+
+def reference_loss(hidden, head, batch, coefficients):
+    """Token by token, in float64."""
+    sums, totals = dict.fromkeys(coefficients, 0.0), dict.fromkeys(coefficients, 0.0)
+    for row, segments in enumerate(batch["segment_ids"]):
+        for t in range(1, len(segments)):
+            if segments[t] == 0 or segments[t] != segments[t - 1]:
+                continue
+            logits = np.asarray(head, np.float64) @ np.asarray(hidden[row, t - 1], np.float64)
+            nll = np.log(np.exp(logits).sum()) - logits[batch["ids"][row, t]]
+            for term in coefficients:
+                sums[term] += float(batch["weights"][term][row, t]) * nll
+                totals[term] += float(batch["weights"][term][row, t])
+    return sum(coefficients[term] * sums[term] / totals[term] for term in coefficients), sums, totals
+
+
+def test_sft_loss_equals_a_numpy_reference_and_finite_differences():
+    rng = np.random.default_rng(1)
+    batch = two_term_batch(rng)
+    coefficients = {"answer": 2.0, "rationale": 0.5}
+    hidden = rng.normal(size=(2, 9, 5)).astype(np.float32)
+    head = rng.normal(size=(11, 5)).astype(np.float32)
+
+    def loss(hidden, head):
+        return sft_loss_from_hidden(hidden, head, batch, term_totals(batch), coefficients, chunk_bytes=3 * 11 * 4)
+
+    (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(jnp.asarray(hidden), jnp.asarray(head))
+    expected, sums, totals = reference_loss(hidden, head, batch, coefficients)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
+    for term in coefficients:
+        np.testing.assert_allclose(metrics[f"nll/{term}"], sums[term] / totals[term], rtol=1e-5)
+    assert metrics["tokens"] == 16
+    assert metrics["loss_tokens"] == 13
+
+    step = 1e-5
+    for argument, gradient in zip((hidden, head), gradients, strict=True):
+        direction = rng.normal(size=argument.shape)
+        sides = []
+        for sign in (1, -1):
+            moved = [np.asarray(x, np.float64) for x in (hidden, head)]
+            moved[0 if argument is hidden else 1] += sign * step * direction
+            sides.append(reference_loss(*moved, batch, coefficients)[0])
+        slope = (sides[0] - sides[1]) / (2 * step)
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), slope, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_token_of_a_segment_and_padding_are_never_predicted():
+    batch = two_term_batch(np.random.default_rng(2))
+    for weights in batch["weights"].values():
+        weights[:] = 1.0
+    used = np.asarray(term_weights(batch)["answer"])
+    np.testing.assert_array_equal(used, [[1, 1, 1, 0, 1, 1, 0, 0], [1] * 8])
+    assert float(term_totals(batch)["answer"]) == 13
+
+
+def test_a_term_without_weight_in_the_step_contributes_zero():
+    rng = np.random.default_rng(3)
+    batch = two_term_batch(rng)
+    batch["weights"]["answer"][:] = 0
+    hidden, head = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 9, 5), (11, 5)))
+    coefficients = {"answer": 1.0, "rationale": 1.0}
+    gradient, metrics = jax.grad(
+        lambda h: sft_loss_from_hidden(h, head, batch, term_totals(batch), coefficients), has_aux=True
+    )(hidden)
+    assert float(metrics["nll/answer"]) == 0.0
+    assert np.all(np.isfinite(gradient))
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_large_logits_stay_finite(scale):
+    hidden, head, targets, coefficients, mask = problem(5, 6, 8, 4, 1.0)
+    total, nll = chunked_nll(scale * hidden, scale * head, targets, coefficients, mask)
+    assert np.isfinite(total)
+    assert np.all(np.asarray(nll) >= -1e-3)

@@ -1,0 +1,195 @@
+"""The whole run, on a tiny model from scratch: what it leaves behind, what it reuses, what kills it survives."""
+
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "tests" / "tiny.yaml"
+
+
+def start(root: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "agentark_jax.train", "--config", str(CONFIG), "--root", str(root), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120", **environment},
+    )
+
+
+def complete(root: Path, *arguments: str, **environment: str) -> str:
+    process = start(root, *arguments, **environment)
+    shown, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, shown
+    return shown
+
+
+def without_timing(directory: Path) -> dict:
+    results = json.loads((directory / "results.json").read_text())
+    del results["timing"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    os.environ.setdefault("AGENTARK_CACHE", str(tmp_path_factory.mktemp("cache")))
+    complete(root)
+    return root / "tiny"
+
+
+def test_a_run_leaves_everything_behind(finished):
+    for name in ("config.yaml", "traces.sqlite", "results.json", "report.html"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
+        assert (finished / "model" / name).exists()
+    stages = {path.parent.name for path in finished.glob("*/manifest.json")}
+    assert {"raw_model", "questions", "warm_start_answers", "base", "debate", "select", "student", "control"} <= stages
+    assert {"evaluate_base", "evaluate_student", "evaluate_control", "evaluate_vote", "evaluate_debate"} <= stages
+    assert not list(finished.rglob("checkpoints"))
+    assert not list(finished.rglob("begun.json"))
+
+
+def test_the_report_states_what_the_store_holds(finished):
+    results = json.loads((finished / "results.json").read_text())
+    store = sqlite3.connect(f"file:{finished / 'traces.sqlite'}?mode=ro", uri=True)
+
+    def count(query: str, *values: object) -> int:
+        return store.execute(f"SELECT {query}", values).fetchone()[0]
+
+    questions = dict(store.execute("SELECT split, count(*) FROM questions GROUP BY split").fetchall())
+    assert questions == {"warm_start": 200, "validation": 16, "debate": 48, "held_out": 16}
+    debated = "turns t JOIN questions q ON q.id = t.question_id WHERE t.protocol = 'debate' AND q.split = 'debate'"
+    assert results["debate"]["turns"] == count(f"count(*) FROM {debated}") == 48 * 3 * 2
+    for one in results["debate"]["accuracy_by_round"]:
+        where = debated.replace("WHERE", "JOIN labels l ON l.call_key = t.call_key WHERE")
+        right = count(f"count(*) FROM {where} AND t.round = ? AND l.verdict = 'right'", one["round"] - 1)
+        assert one["accuracy"] * one["n"] == pytest.approx(right)
+    flips = {key: value for key, value in results["debate"]["flips"][0].items() if "→" in key}
+    assert sum(flips.values()) == 48 * 3
+    greedy = count("count(*) FROM turns WHERE protocol = 'single_greedy'")
+    assert greedy == 16 * 4  # base, student, control, half-data student
+    assert results["arms"]["vote"]["n"] == results["arms"]["debate"]["n"] == 8
+    for arm in results["arms"].values():
+        assert 0 <= arm["low"] <= arm["accuracy"] == arm["correct"] / arm["n"] <= arm["high"] <= 1
+    tokens = count(
+        "sum(completion_tokens) FROM turns WHERE protocol = 'single_greedy' AND weights = ?", base_weights(finished)
+    )
+    assert results["arms"]["base"]["tokens_per_question"]["completion"] == pytest.approx(tokens / 16)
+    store.close()
+
+
+def base_weights(finished: Path) -> str:
+    return json.loads((finished / "base" / "manifest.json").read_text())["counts"]["revision"]
+
+
+def test_student_and_control_learn_from_equally_many_tokens(finished):
+    counts = json.loads((finished / "select" / "manifest.json").read_text())["counts"]
+    student, control = counts["student"]["tokens"], counts["control"]["tokens"]
+    assert abs(student - control) <= 0.01 * min(student, control)
+    trained = json.loads((finished / "results.json").read_text())["training"]
+    assert trained["student"]["loss_tokens"] == 2 * student
+    assert trained["control"]["loss_tokens"] == 2 * control
+    for funnel in (counts["student"]["funnel"], counts["control"]["funnel"]):
+        for before, after in pairwise(funnel):
+            assert after["kept"] + after["dropped"] == before["kept"]
+
+
+def test_a_second_run_does_nothing_and_says_so(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")}
+    results = (finished / "results.json").read_bytes()
+    shown = complete(finished.parent)
+    assert "Everything was up to date" in shown
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("manifest.json")} == before
+    assert (finished / "results.json").read_bytes() == results
+
+
+def test_another_configuration_needs_to_be_meant(finished):
+    process = start(finished.parent, "--fit.learning_rate", "1e-3")
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 2
+    assert "fit.learning_rate (0.0003 → 0.001)" in shown
+    assert "--update" in shown
+    assert "Traceback" not in shown
+
+
+def test_the_exported_model_is_what_transformers_computes(finished):
+    import numpy as np
+    import torch
+    import transformers
+
+    from agentark_jax.models import transformer, weights
+    from agentark_jax.models.config import load_config
+
+    directory = finished / "model"
+    config = load_config(directory)
+    params = weights.load_params(directory, config)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (2, 200)).astype(np.int32)
+    hidden = transformer.hidden_states(config, params, ids, np.broadcast_to(np.arange(200), (2, 200)), None)
+    ours = np.asarray(transformer.logits(config, params, hidden))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        reference = theirs(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(ours, reference, atol=1e-4)
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    assert tokenizer.decode(tokenizer.encode("3 + 4 = 7.")) == "3 + 4 = 7."
+
+
+def test_a_damaged_stage_is_named_and_nothing_is_lost(finished, tmp_path):
+    import shutil
+
+    root = tmp_path / "runs"
+    shutil.copytree(finished, root / "tiny")
+    (root / "tiny" / "select" / "student.parquet").write_bytes(b"garbage")
+    process = start(root)
+    shown, _ = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "student.parquet" in shown
+    assert "Delete" in shown
+    shutil.rmtree(root / "tiny" / "select")
+    complete(root)
+    assert without_timing(root / "tiny")["arms"] == without_timing(finished)["arms"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kills_at_random_moments_change_nothing(finished, tmp_path, seed):
+    """SIGKILL again and again; the results are those of the undisturbed run and no turn is there twice."""
+    draws = random.Random(seed)
+    undisturbed = json.loads((finished / "results.json").read_text())["timing"]["total_seconds"]
+    kills = 0
+    while True:
+        # A cache of its own: programs are compiled anew, as in the undisturbed run, and it takes as long on any machine.
+        process = start(tmp_path, AGENTARK_CACHE=str(tmp_path / "cache"))
+        try:
+            shown, _ = process.communicate(timeout=draws.uniform(0.1, 0.4) * undisturbed * (1 + kills / 8))
+        except subprocess.TimeoutExpired:
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            kills += 1
+            assert kills < 100, "a run that is killed makes no progress"
+            continue
+        assert process.returncode == 0, shown
+        break
+    assert kills >= 2
+    disturbed, calm = without_timing(tmp_path / "tiny"), without_timing(finished)
+    disturbed["run"].pop("command")
+    calm["run"].pop("command")
+    assert disturbed == calm
+    stores = [sqlite3.connect(directory / "traces.sqlite") for directory in (tmp_path / "tiny", finished)]
+    columns = "call_key, attempt, text, hex(completion_ids), hex(logprobs)"
+    rows = [store.execute(f"SELECT {columns} FROM turns ORDER BY call_key, attempt").fetchall() for store in stores]
+    assert rows[0] == rows[1]
+    for store in stores:
+        store.close()
