@@ -20,7 +20,7 @@ class EngineConfig:
     slots: int = 32
     context: int | None = None
     chunk: int = 32
-    prompt_bucket: int = 64
+    prompt_bucket: int = 32
 
     def __post_init__(self) -> None:
         for key in ("slots", "context", "chunk", "prompt_bucket"):

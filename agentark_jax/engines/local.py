@@ -1,14 +1,15 @@
 """The embedded engine: generation in JAX, in this process, on whatever device there is.
 
-A fixed number of slots decode together; a slot whose sequence ends is refilled from the queue. Prompts are prefilled
-one at a time, padded to a bucket, and a prompt asked for several times is prefilled once. Every program has a fixed
-shape and every random number comes from (seed, step), so what a request yields does not depend on its slot, its
-neighbours or the order of arrival: a run that was killed and resumed draws the same tokens.
+A fixed number of slots decode together; a slot whose sequence ends is refilled from the queue. Prompts are padded to a
+bucket and prefilled several at a time, ahead of the slots that will take them; a prompt asked for several times is
+prefilled once. Every program has a fixed shape and every random number comes from (seed, step), so what a request
+yields does not depend on its slot, its neighbours or the order of arrival: a run that was killed and resumed draws the
+same tokens.
 """
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +29,9 @@ from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Completion, ids_hash
 
 _STOP_IDS = 4
-_REMEMBERED_PROMPTS = 4
+# Positions of one prefill: as many prompts of a bucket as fit, so that its matrix products are large.
+_PREFILL_TOKENS = 512
+_REMEMBERED_PREFILLS = 6
 
 
 class Slots(NamedTuple):
@@ -43,6 +46,15 @@ class Slots(NamedTuple):
     top_p: Float[Array, " S"]
     max_tokens: Int[Array, " S"]
     stop_ids: Int[Array, "S K"]
+
+
+@dataclass(frozen=True)
+class _Prefill:
+    """Keys and values of several prompts' bodies, each in a row of its own; `used`: those that a slot has taken."""
+
+    kv: transformer.Cache
+    rows: dict[str, int]
+    used: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -89,7 +101,7 @@ class LocalEngine:
         self._slots = _empty_slots(config.slots)
         self._running: dict[int, _Running] = {}
         self._waiting: deque[tuple[Request, asyncio.Future[Completion]]] = deque()
-        self._prefilled: OrderedDict[str, Any] = OrderedDict()
+        self._prefills: deque[_Prefill] = deque(maxlen=_REMEMBERED_PREFILLS)
         self._driver: asyncio.Task[None] | None = None
         self.sampled_tokens = 0
         self.prefilled_tokens = 0
@@ -141,39 +153,65 @@ class LocalEngine:
 
     def _admit(self) -> None:
         """Move requests from the queue into free slots."""
-        free = [slot for slot in range(self._config.slots) if slot not in self._running]
+        free = deque(slot for slot in range(self._config.slots) if slot not in self._running)
         while free and self._waiting:
-            request, answer = self._waiting.popleft()
-            if answer.cancelled():
-                continue
-            slot = free.pop(0)
-            started = time.monotonic()
-            cached = self._prefill(request.prompt_ids, slot)
-            self._slots = _occupy(self._slots, slot, *_slot_values(request))
-            self._running[slot] = _Running(request, answer, started, cached)
+            request, answer = self._waiting[0]
+            if not answer.cancelled():
+                started = time.monotonic()
+                cached = self._insert(request.prompt_ids[:-1], free[0])
+                self._slots = _occupy(self._slots, free[0], *_slot_values(request))
+                self._running[free.popleft()] = _Running(request, answer, started, cached)
+            self._waiting.popleft()
 
-    def _prefill(self, prompt: np.ndarray, slot: int) -> int:
-        """Put keys and values of all but the last prompt token into a slot; how many of them were at hand already.
+    def _insert(self, body: np.ndarray, slot: int) -> int:
+        """Put keys and values of a prompt's body into a slot; how many of its tokens another request had prefilled.
 
-        The last token is left to the first decode step, so that samples of one prompt share the whole prefill and no
-        prefill needs the output head.
+        The body is all but the last token, which is left to the first decode step, so that samples of one prompt share
+        the whole prefill and no prefill needs the output head.
         """
-        body = prompt[:-1]
         if len(body) == 0:
             return 0
         key = ids_hash(body)
-        cached = len(body) if key in self._prefilled else 0
-        if not cached:
-            bucket = min(-(-len(body) // self._config.prompt_bucket) * self._config.prompt_bucket, self._context)
-            ids = np.zeros((1, bucket), np.int32)
-            ids[0, : len(body)] = body
-            self._prefilled[key] = _prefill(self._model_config, self._params, ids, np.asarray([len(body)], np.int32))
-            self.prefilled_tokens += len(body)
-            if len(self._prefilled) > _REMEMBERED_PROMPTS:
-                self._prefilled.popitem(last=False)
-        self._prefilled.move_to_end(key)
-        self._cache = _insert(self._model_config, self._cache, self._prefilled[key], np.asarray([slot], np.int32))
+        held = self._held(key)
+        if held is None:
+            held = self._prefill(body)
+            self._prefills.append(held)
+        cached = len(body) if key in held.used else 0
+        held.used.add(key)
+        self._cache = _copy_row(self._model_config, self._cache, held.kv, np.int32(slot), np.int32(held.rows[key]))
         return cached
+
+    def _prefill(self, body: np.ndarray) -> "_Prefill":
+        """Prefill a prompt's body, and with it those of its bucket that wait behind it.
+
+        The number of rows depends on the bucket alone: what a prompt yields must not depend on who else is there.
+        """
+        bucket = self._bucket(len(body))
+        bodies = {ids_hash(body): body}
+        rows = max(1, _PREFILL_TOKENS // bucket)
+        for request, answer in self._waiting:
+            if len(bodies) == rows:
+                break
+            other = request.prompt_ids[:-1]
+            if self._bucket(len(other)) == bucket and not answer.cancelled():
+                key = ids_hash(other)
+                if self._held(key) is None:
+                    bodies[key] = other
+        ids = np.zeros((rows, bucket), np.int32)
+        lengths = np.ones(rows, np.int32)
+        for row, each in enumerate(bodies.values()):
+            ids[row, : len(each)] = each
+            lengths[row] = len(each)
+            self.prefilled_tokens += len(each)
+        kv = _prefill(self._model_config, self._params, ids, lengths)
+        return _Prefill(kv, {key: row for row, key in enumerate(bodies)})
+
+    def _held(self, key: str) -> "_Prefill | None":
+        return next((prefill for prefill in self._prefills if key in prefill.rows), None)
+
+    def _bucket(self, length: int) -> int:
+        """Positions that a body of this length is padded to."""
+        return min(-(-length // self._config.prompt_bucket) * self._config.prompt_bucket, self._context)
 
     def _decode(self) -> None:
         """Run decode steps until a slot can be refilled, all are done, or the chunk is full; deliver what ended."""
@@ -254,16 +292,16 @@ def _occupy(slots: Slots, slot: Int[Array, ""], *values: Any) -> Slots:
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(
-    config: ModelConfig, params: transformer.Params, ids: Int[Array, "1 T"], lengths: Int[Array, "1"]
+    config: ModelConfig, params: transformer.Params, ids: Int[Array, "R T"], lengths: Int[Array, " R"]
 ) -> transformer.Cache:
     return transformer.prefill(config, params, ids, lengths)[1]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _insert(
-    config: ModelConfig, cache: transformer.Cache, kv: transformer.Cache, slots: Int[Array, "1"]
+def _copy_row(
+    config: ModelConfig, cache: transformer.Cache, kv: transformer.Cache, slot: Int[Array, ""], row: Int[Array, ""]
 ) -> transformer.Cache:
-    return transformer.insert(cache, kv, slots, jnp.zeros(1, jnp.int32))
+    return transformer.insert(cache, kv, slot[None], row[None])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=(3, 4))
