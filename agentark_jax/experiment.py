@@ -16,6 +16,7 @@ from rich.console import Console
 from agentark_jax import config as configuration
 from agentark_jax.config import RunConfig
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import write_json, write_text
 from agentark_jax.models.gguf import cache_root
 from agentark_jax.models.weights import replaced_directory
 from agentark_jax.pipeline import STUDENT, Outcome, Pipeline
@@ -24,7 +25,7 @@ from agentark_jax.report.card import model_card
 from agentark_jax.report.page import write_report
 from agentark_jax.report.terminal import summary_table
 from agentark_jax.results import build_results, build_transcripts
-from agentark_jax.stages import Manifest, Run, locked, write_json, write_text
+from agentark_jax.stages import Manifest, Run, locked
 from agentark_jax.traces.store import TraceStore
 
 CONFIG = "config.yaml"

@@ -21,6 +21,7 @@ from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.engines.local import LocalEngine
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
+from agentark_jax.files import write_json
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
@@ -31,7 +32,7 @@ from agentark_jax.protocols.debate import PROTOCOL as DEBATE
 from agentark_jax.protocols.debate import debate
 from agentark_jax.protocols.single import answer
 from agentark_jax.records import Example, Question, Turn, stable_hash
-from agentark_jax.stages import Manifest, Run, Work, write_json
+from agentark_jax.stages import Manifest, Run, Work
 from agentark_jax.tasks.task import Task, make_task
 from agentark_jax.traces import labels as labelling
 from agentark_jax.traces.selection import Selection, load_selection, match_tokens, save_selection, select, subset

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any
 import filelock
 
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import write_json
 from agentark_jax.records import stable_hash
 
 MANIFEST = "manifest.json"
@@ -179,29 +180,6 @@ def read_manifest(directory: Path) -> Manifest | None:
         if file.stat().st_size != artefact.bytes or (artefact.sha256 and _sha256(file) != artefact.sha256):
             raise AgentArkError(f"{file}: changed since {path} was written. {fix}")
     return manifest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON to a file that is either the old or the new one, never half of it.
-
-    Raises:
-        AgentArkError: the disk is full or the directory cannot be written.
-    """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a text file atomically. Raises AgentArkError as `write_json` does."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
-        raise AgentArkError(
-            f"{path}: cannot be written ({error.strerror}). Free space or choose another --root."
-        ) from error
 
 
 def git_revision() -> str | None:

@@ -44,7 +44,6 @@ def training(setup: Setup) -> Repeat:
     model = load_config(Path(setup["model"]))
     trainable, frozen = partition(load_params(Path(setup["model"]), model), fit.freeze)
     state = initial_state(make_optimizer(fit, setup["steps"]), trainable)
-    del trainable  # the state has its own copy, and memory is measured
     step = make_step(fit, model, {"completion": 1.0}, setup["steps"])
     weights = np.zeros((batch, length), np.float32)
     weights[:, first_loss_position(length) :] = 1.0

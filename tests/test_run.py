@@ -170,7 +170,7 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path, seed):
     undisturbed = json.loads((finished / "results.json").read_text())["timing"]["total_seconds"]
     kills = 0
     while True:
-        # A cache of its own: programs are compiled anew, as in the undisturbed run, and it takes as long on any machine.
+        # With a cache of its own it compiles anew, as the undisturbed run did, and takes as long.
         process = start(tmp_path, AGENTARK_CACHE=str(tmp_path / "cache"))
         try:
             shown, _ = process.communicate(timeout=draws.uniform(0.1, 0.4) * undisturbed * (1 + kills / 8))

@@ -10,7 +10,8 @@ import time
 import pytest
 
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.stages import Run, locked, read_manifest, write_json
+from agentark_jax.files import write_json
+from agentark_jax.stages import Run, locked, read_manifest
 
 
 def produce(run, config=None, inputs=None, text="result", calls=None, version=1):

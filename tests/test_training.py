@@ -108,7 +108,12 @@ def params():
 def run_fit(directory, params, config=CONFIG, **changes):
     arguments = {"directory": directory, "seed": 7, "fingerprint": {"model": "tiny"}, **changes}
     examples = arguments.pop("examples", EXAMPLES)
-    return fit(config, MODEL, params, examples, **arguments)
+    return fit(config, MODEL, copied(params), examples, **arguments)
+
+
+def copied(params):
+    """A fit uses up the parameters it is given."""
+    return jax.tree.map(jnp.copy, params)
 
 
 def assert_identical(one, other):
@@ -151,7 +156,7 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch():
 
 
 def one_step(params, config, batch):
-    trainable, frozen = partition(params, config.freeze)
+    trainable, frozen = partition(copied(params), config.freeze)
     state = initial_state(make_optimizer(config, 10), trainable)
     state, metrics = make_step(config, MODEL, COEFFICIENTS, 10)(state, frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
@@ -196,7 +201,7 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
 
 def test_the_step_compiles_once_and_donates_its_state(params):
     data = packed_batches(EXAMPLES, seed=0, epochs=2, rows=2, row_length=24)
-    trainable, frozen = partition(params, [])
+    trainable, frozen = partition(copied(params), [])
     state = initial_state(make_optimizer(CONFIG, 10), trainable)
     step = make_step(CONFIG, MODEL, COEFFICIENTS, 10)
     first = state.params["final_norm.weight"]

@@ -9,8 +9,6 @@ import csv
 import hashlib
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from agentark_jax.errors import AgentArkError
+from agentark_jax.files import write_text
 from agentark_jax.report import plots, words
 from agentark_jax.report.svg import Plot
 
@@ -37,26 +35,6 @@ def write_report(path: Path, results: Mapping[str, Any], transcripts: Sequence[M
     Raises AgentArkError when `results` has another schema or lacks a required key, or `path` cannot be written.
     """
     write_text(path, render(results, transcripts))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes `text` as UTF-8 through a temporary file beside `path`; raises AgentArkError when that fails."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text.encode("utf-8", "replace"))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise AgentArkError(
-            f"{path}: cannot be written ({error.strerror or error}); free space or choose another run directory"
-        ) from error
 
 
 def render(results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> str:

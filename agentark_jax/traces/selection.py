@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Int32
 
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import atomic_path
 from agentark_jax.records import ids_hash, stable_hash
 from agentark_jax.traces.config import SelectionConfig, Variant
-from agentark_jax.traces.files import atomic_path
 from agentark_jax.traces.labels import LabelledTurn, by_speaker
 from agentark_jax.traces.subset_sums import SubsetSums
 

@@ -18,9 +18,9 @@ from urllib.parse import quote
 from filelock import FileLock, Timeout
 
 from agentark_jax.errors import AgentArkError
+from agentark_jax.files import atomic_path
 from agentark_jax.records import Label, Question, Turn, ids_hash
 from agentark_jax.traces import rows as codec
-from agentark_jax.traces.files import atomic_path
 
 _TURN_COLUMNS = ", ".join(codec.TURN_COLUMNS)
 _PAGE = 512

@@ -90,7 +90,10 @@ def fit(
     validation: Sequence[Example] | None = None,
     progress: Progress | None = None,
 ) -> FitResult:
-    """Fits `params` (a nested tree, not modified) to `examples`; the same arguments give the same result.
+    """Fits `params` (a nested tree) to `examples`; the same arguments give the same result.
+
+    `params` is used up, so that no second copy of it takes memory: its trainable arrays become the state that the
+    steps update in place, and reading one of them afterwards is an error.
 
     Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
     there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
@@ -134,6 +137,8 @@ def fit(
             state = initial_state(optimizer, trainable)
         else:
             state, memory = restored[0], Memory.from_json(restored[1])
+            for leaf in trainable.values():
+                leaf.delete()
         if int(state.step) < steps and not memory.stopped_early:
             run = _Run(config, model_config, coefficients, steps, data, validation_data, frozen, progress)
             state = run.go(state, memory, checkpointer, directory, started)

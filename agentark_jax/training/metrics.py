@@ -1,7 +1,6 @@
 """What a fit reports while it runs: `metrics.jsonl`, one line per step, and TensorBoard events."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,7 @@ from types import TracebackType
 from tensorboardX import SummaryWriter
 
 from agentark_jax.errors import AgentArkError
+from agentark_jax.files import write_text
 
 
 class MetricsLog:
@@ -57,9 +57,7 @@ def _truncate(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError, TypeError):
             break
         kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(kept))
 
 
 def _unwritable(path: Path, error: OSError) -> AgentArkError:

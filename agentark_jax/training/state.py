@@ -86,6 +86,6 @@ def make_optimizer(config: FitConfig, steps: int) -> optax.GradientTransformatio
 
 
 def initial_state(optimizer: optax.GradientTransformation, trainable: FlatParams) -> TrainState:
-    """Step 0. The parameters are copied, since the step donates its state and the caller keeps its own."""
-    params = {path: jnp.array(leaf, copy=True) for path, leaf in trainable.items()}
+    """Step 0. The parameters are the given arrays themselves, which the first step (it donates its state) uses up."""
+    params = {path: jnp.asarray(leaf) for path, leaf in trainable.items()}
     return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))

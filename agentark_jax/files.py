@@ -1,9 +1,11 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from agentark_jax.errors import AgentArkError
 
@@ -33,3 +35,17 @@ def atomic_path(path: Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}). Free disk space or choose a writable directory, "
             "then run again."
         ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file; it is the old or the new one, never half of it. Raises as `atomic_path` does.
+
+    Lone surrogates, which JSON written by others can hold and UTF-8 cannot, become question marks.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
