@@ -94,15 +94,23 @@ class Attention(nnx.Module):
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
         mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(batch, kv_heads, -1, span), value)
         mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
-        out = jnp.einsum("btf,df->btd", mixed, self.output[...].reshape(-1, mixed.shape[-1]))
+        out = linear(mixed, self.output[...].reshape(-1, mixed.shape[-1]))
         return out + self.output_bias[...] if self.bias else out
 
 
+def linear(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:
+    """x · weightᵀ as a product of two matrices.
+
+    With more axes XLA's CPU backend copies operands into another order first, most of all for the weight's gradient: a
+    training step of a small model takes 1.7 times as long.
+    """
+    flat = jnp.einsum("nd,fd->nf", x.reshape(-1, x.shape[-1]), weight)
+    return flat.reshape(*x.shape[:-1], weight.shape[0])
+
+
 def _into_heads(x: Float[Array, "B T D"], weight: Float[Array, "N H D"]) -> Float[Array, "B T N H"]:
-    """x · weightᵀ as one plain matrix product: given three axes, XLA's CPU backend first transposes the weight."""
     heads, head_dim, size = weight.shape
-    flat = jnp.einsum("btd,fd->btf", x, weight.reshape(-1, size))
-    return flat.reshape(*x.shape[:-1], heads, head_dim)
+    return linear(x, weight.reshape(-1, size)).reshape(*x.shape[:-1], heads, head_dim)
 
 
 class MLP(nnx.Module):
@@ -116,9 +124,9 @@ class MLP(nnx.Module):
         self.down = normal_param(rngs, (*stack, size, inner), std)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate, up = jnp.einsum("btd,fd->btf", x, self.gate[...]), jnp.einsum("btd,fd->btf", x, self.up[...])
+        gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return jnp.einsum("btf,df->btd", gate * up, self.down[...])
+        return linear(gate * up, self.down[...])
 
 
 class Block(nnx.Module):

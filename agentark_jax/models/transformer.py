@@ -70,7 +70,9 @@ class Transformer(nnx.Module):
             return x, None
 
         x = embed(self.config, self.embedding[...], ids)
-        x, _ = jax.lax.scan(jax.checkpoint(repetition) if remat else repetition, x, stacked)
+        # Keeping more than the products of matrices costs more time, in stacking it, than it saves in computing it.
+        kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        x, _ = jax.lax.scan(jax.checkpoint(repetition, policy=kept), x, stacked)
         for block in self.rest.values():
             x, _ = block(x, rotations, masks)
         return self.final_norm(x)
@@ -103,8 +105,8 @@ def hidden_states(
     """Hidden states after the final norm, from stacked parameters.
 
     `positions` start at 0 in every segment. `segment_ids` separate packed sequences, 0 marking padding; None means
-    one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` recomputes each
-    repetition of the layer pattern in the backward pass instead of keeping its activations.
+    one sequence per row (padding to the right is harmless: nothing before it sees it). The backward pass recomputes
+    all but the products with weights; with `remat` those too, from the input of each repetition of the layer pattern.
     """
     return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat)
 
