@@ -3,6 +3,7 @@
 import json
 from functools import cache
 
+import numpy as np
 import pytest
 from chat_families import FAMILIES, write_family
 from hypothesis import HealthCheck, given, settings
@@ -11,10 +12,10 @@ from hypothesis import strategies as st
 from agentark_jax.data.chat import ChatFormat, make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.packing import check_examples
-from agentark_jax.data.render import PlainFormat, completion_example
-from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.data.render import PlainFormat, completion_example, retokenised_example
+from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.records import Question
+from agentark_jax.records import Completion, Question
 
 QUESTION = Question.make("task", "debate", "Mia has 3 apples and buys 4 more. How many?", "7")
 GOLD = "3 + 4 = 7. The answer is 7."
@@ -384,3 +385,23 @@ def test_an_added_token_without_an_embedding_may_not_be_spelled(family):
     assert tokenizer.encode("one line")
     with pytest.raises(AgentArkError, match=r"contains '\\n\\n', a token that the model has no embedding for"):
         tokenizer.encode("two\n\nlines")
+
+
+@pytest.mark.parametrize("finish", ["stop", "length"])
+def test_an_answer_in_another_tokenizer_is_encoded_once_and_marked(family, tmp_path, finish):
+    teacher = make_format(family("qwen2.5"), PromptConfig())
+    train_tokenizer(["The answer is 7. apples and more\n"] * 4, 300, tmp_path)
+    said = (*teacher.tokenizer.encode(GOLD), *([teacher.stop_ids[0]] if finish == "stop" else []))
+    completion = Completion(
+        np.asarray(said, np.int32), np.zeros(len(said), np.float32), teacher.tokenizer.decode(said), finish, 9, 0, 0.1
+    )
+    for student in (make_format(family("llama3"), PromptConfig()), PlainFormat(Tokenizer(tmp_path))):
+        example = retokenised_example(student, QUESTION, completion, variant="all_correct", trace_keys=["key"])
+        ids = example.ids[example.weights["completion"] > 0].tolist()
+        assert example.retokenised
+        assert (example.question_id, example.variant, example.trace_keys) == (QUESTION.id, "all_correct", ("key",))
+        assert student.tokenizer.decode(ids).strip() == GOLD
+        assert (ids[-1] == student.stop_ids[0]) == (finish == "stop")
+        assert example.ids[: -len(ids)].tolist() == flat(student.question(QUESTION))
+    own = completion_example(teacher.question(QUESTION), said, question_id=QUESTION.id, variant="all_correct")
+    assert not own.retokenised

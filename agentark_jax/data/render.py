@@ -21,13 +21,14 @@ last round):
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import AgentArkError
-from agentark_jax.records import Example, Question, stable_hash
+from agentark_jax.records import Completion, Example, Question, stable_hash
 
 Segment = tuple[int, ...]
 Prompt = tuple[Segment, ...]
@@ -111,3 +112,25 @@ def completion_example(
     weights[len(prompt_ids) :] = 1.0
     ids = np.asarray([*prompt_ids, *completion], np.int32)
     return Example(ids, {"completion": weights}, question_id, variant, tuple(trace_keys))
+
+
+def retokenised_example(
+    form: Format,
+    question: Question,
+    completion: Completion,
+    *,
+    variant: str,
+    trace_keys: Sequence[str] = (),
+) -> Example:
+    """What `completion_example` is, for a student (`form`) whose tokenizer is not the one that sampled the completion.
+
+    The text is encoded once, and the teacher's stop id becomes the student's end token; a completion that was cut off
+    has none. The example is marked `retokenised`: its ids were never sampled, so no log-probabilities belong to them.
+    """
+    ids = form.response(completion.text.strip())
+    if completion.finish != "stop":
+        ids = ids[:-1]
+    example = completion_example(
+        form.question(question), ids, question_id=question.id, variant=variant, trace_keys=trace_keys
+    )
+    return replace(example, retokenised=True)
