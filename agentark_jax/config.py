@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from agentark_jax.data.config import PromptConfig
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.config import EvaluationConfig
@@ -79,6 +80,7 @@ class RunConfig:
         model: the model to distil into.
         task: what is asked.
         questions: how many questions each split gets.
+        prompt: how questions and answers become prompts.
         engine: the embedded generation engine.
         warm_start: the training that yields the base model.
         debate: how the agents talk.
@@ -95,6 +97,7 @@ class RunConfig:
     model: ModelSourceConfig = field(default_factory=ModelSourceConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     questions: QuestionCounts = field(default_factory=QuestionCounts)
+    prompt: PromptConfig = field(default_factory=PromptConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     debate: DebateConfig = field(default_factory=DebateConfig)

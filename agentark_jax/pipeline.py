@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from agentark_jax.config import RunConfig, as_dict
-from agentark_jax.data.render import PlainFormat, Prompt, completion_example
+from agentark_jax.data.chat import make_format
+from agentark_jax.data.render import Format, PlainFormat, Prompt, completion_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.engines.local import LocalEngine
 from agentark_jax.errors import AgentArkError, UsageError
@@ -53,7 +54,7 @@ class Model:
     revision: str
     config: ModelConfig
     params: transformer.Params
-    form: PlainFormat
+    form: Format
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,14 @@ class Pipeline:
         """Produce every stage that is not up to date."""
         raw = self.prepare_model()
         questions_stage, questions = self.prepare_questions()
-        self._check_lengths(raw, questions)
-        base = self.warm_start(raw, questions_stage, questions)
+        form = self._format(_model_directory(raw))
+        if form.tokenizer.unused_rows:
+            rows = form.tokenizer.unused_rows
+            self.display.say(
+                f"the embedding has {rows} rows more than the tokenizer has tokens: padding, left as it is"
+            )
+        self._check_lengths(raw, form, questions)
+        base = self.warm_start(raw, form, questions_stage, questions)
         debate_stage, debated = self.debate(base, questions_stage, questions["debate"])
         select_stage, selections = self.select(debate_stage, debated)
         students = {name: self.distil(name, base, select_stage, selections[name], questions) for name in selections}
@@ -185,7 +192,9 @@ class Pipeline:
         inputs = {"questions": content}
         return self.run.produce("questions", build, version=1, config=config, inputs=inputs), splits
 
-    def warm_start(self, raw: Manifest, drawn: Manifest, questions: Mapping[str, list[Question]]) -> Manifest:
+    def warm_start(
+        self, raw: Manifest, form: Format, drawn: Manifest, questions: Mapping[str, list[Question]]
+    ) -> Manifest:
         """Teach the raw model the answer format, then the later-round format on its own sampled answers.
 
         The result is the base that every arm starts from and is compared with.
@@ -197,7 +206,7 @@ class Pipeline:
         if not second:
             raise UsageError("warm_start.revision_share leaves no question for the second phase: raise it.")
 
-        def answers(of: Sequence[Question], form: PlainFormat) -> list[Example]:
+        def answers(of: Sequence[Question]) -> list[Example]:
             return [
                 completion_example(form.question(q), form.response(q.rationale), question_id=q.id, variant="gold")
                 for q in of
@@ -205,15 +214,15 @@ class Pipeline:
 
         def build_answers(work: Work) -> None:
             model = self._load(raw)
-            form = model.form
-            validation = answers(questions["validation"], form)
-            self._fit(work, "teach answers", settings.answer, model, answers(first, form), validation)
+            validation = answers(questions["validation"])
+            self._fit(work, "teach answers", settings.answer, model, answers(first), validation)
 
         taught = self.run.produce(
             "warm_start_answers",
             build_answers,
             version=1,
-            config={"fit": settings.answer.fingerprint(), "count": cut, "seed": self.seed},
+            # All later stages descend from this one, so they are redone with it when the format changes.
+            config={"fit": settings.answer.fingerprint(), "count": cut, "format": form.hash, "seed": self.seed},
             inputs={"model": raw, "questions": drawn},
         )
 
@@ -246,14 +255,13 @@ class Pipeline:
 
         def build_base(work: Work) -> None:
             model = self._load(taught)
-            form = model.form
             peers = self._turns_of(sampled)
             revisions = [
                 self._revision_example(question, peers[question.id], form, index)
                 for index, question in enumerate(second)
             ]
-            validation = answers(questions["validation"], form)
-            examples = answers(second, form) + revisions
+            validation = answers(questions["validation"])
+            examples = answers(second) + revisions
             self._fit(work, "teach revision", settings.revision, model, examples, validation)
 
         return self.run.produce(
@@ -264,7 +272,7 @@ class Pipeline:
             inputs={"model": taught, "samples": sampled},
         )
 
-    def _revision_example(self, question: Question, turns: Sequence[Turn], form: PlainFormat, index: int) -> Example:
+    def _revision_example(self, question: Question, turns: Sequence[Turn], form: Format, index: int) -> Example:
         """Gold rationale after the model's own answers; which of them plays the agent's own part takes turns."""
         ids = [_completion_ids(turn) for turn in turns]
         own = index % len(ids)
@@ -452,10 +460,11 @@ class Pipeline:
 
     # What stages share
 
-    def _check_lengths(self, raw: Manifest, questions: Mapping[str, list[Question]]) -> None:
+    def _format(self, directory: Path) -> Format:
+        return make_format(directory, self.config.prompt, embeddings=load_config(directory).vocab_size)
+
+    def _check_lengths(self, raw: Manifest, form: Format, questions: Mapping[str, list[Question]]) -> None:
         """Refuse, before anything expensive starts, sizes that a later stage could not work with."""
-        directory = _model_directory(raw)
-        form = PlainFormat(Tokenizer(directory))
         config = self.config
         asked = [question for split in questions.values() for question in split]
         alone = max(_length(form.question(question)) for question in asked)
@@ -478,6 +487,7 @@ class Pipeline:
         ]
         if short:
             raise UsageError("; ".join(short) + ": raise to that.")
+        directory = _model_directory(raw)
         positions = load_config(directory).max_positions
         if self._longest > positions:
             raise UsageError(
@@ -493,8 +503,8 @@ class Pipeline:
             self._model = None  # let go of the old parameters before the new ones come
             gc.collect()
             config = load_config(directory)
-            form = PlainFormat(Tokenizer(directory))
-            self._model = Model(directory, revision, config, weights.load_params(directory, config), form)
+            params = weights.load_params(directory, config)
+            self._model = Model(directory, revision, config, params, self._format(directory))
         return self._model
 
     def _fit(

@@ -143,6 +143,7 @@ class Example:
     """One training sequence. `weights` gives, per named loss term, a weight for every token of `ids` [T].
 
     The weight at position t is that of *predicting* `ids[t]` from what stands before it, so position 0 never has one.
+    `retokenised`: the completion is text that another tokenizer's model said, so its ids were never sampled.
     """
 
     ids: np.ndarray
@@ -150,3 +151,4 @@ class Example:
     question_id: str
     variant: str
     trace_keys: Sequence[str] = ()
+    retokenised: bool = False

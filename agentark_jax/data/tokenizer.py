@@ -8,18 +8,28 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import AgentArkError, UsageError
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
     """The tokenizer of a model directory in Hugging Face format.
 
     `hash` identifies the file: ids are reused verbatim only between models whose tokenizer hashes agree.
+    `special_tokens` are the named tokens of `tokenizer_config.json` (`eos_token`: `</s>` …).
+
+    Args:
+        embeddings: rows of the model's embedding, checked where given. More rows than tokens are padding (`unused_rows`
+            says how many); an added token beyond the last row (Gemma 3's image token in its text-only models) is one
+            that no text may contain.
+
+    Raises:
+        UsageError: a file that is missing or malformed, no `eos_token`, or ordinary tokens beyond the embedding.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, embeddings: int | None = None):
         path = directory / "tokenizer.json"
         try:
             content = path.read_bytes()
@@ -30,36 +40,79 @@ class Tokenizer:
             raise UsageError(f"{path}: not a readable tokenizer file ({error}). Fetch the model again.") from error
         self.hash = hashlib.sha256(content).hexdigest()[:24]
         self.vocabulary_size = self._tokenizer.get_vocab_size()
+        self._added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = _special_tokens(directory / "tokenizer_config.json")
         self.bos_id = self._special(directory, "bos_token")
         eos_id = self._special(directory, "eos_token")
         if eos_id is None:
-            raise UsageError(f"{directory / 'tokenizer_config.json'}: no eos_token, so a completion could never end.")
+            raise UsageError(
+                f"{directory / 'tokenizer_config.json'}: no eos_token, so a completion could never end. "
+                "Name the model's end token there."
+            )
         self.eos_id: int = eos_id
+        self.unused_rows = 0
+        self._without_row: set[int] = set()
+        if embeddings is not None:
+            self._compare(embeddings, directory)
 
     def _special(self, directory: Path, name: str) -> int | None:
-        path = directory / "tokenizer_config.json"
-        try:
-            token = json.loads(path.read_text()).get(name)
-        except FileNotFoundError:
-            raise UsageError(f"{path}: not found. It names the model's {name}.") from None
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{path}: not valid JSON ({error}).") from error
-        if isinstance(token, dict):
-            token = token.get("content")
+        token = self.special_tokens.get(name)
         if token is None:
             return None
-        token_id: int | None = self._tokenizer.token_to_id(token)
+        token_id = self.token_id(token)
         if token_id is None:
+            path = directory / "tokenizer_config.json"
             raise UsageError(f"{path}: {name} is {token!r}, which tokenizer.json does not contain.")
         return token_id
 
+    def _compare(self, embeddings: int, directory: Path) -> None:
+        ordinary = max(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added.keys(), default=0)
+        if ordinary >= embeddings:
+            raise UsageError(
+                f"{directory / 'tokenizer.json'}: its ids reach {ordinary}, but {directory / 'config.json'} says "
+                f"vocab_size {embeddings}: the tokenizer is not this model's. Put the model's own tokenizer there."
+            )
+        self._without_row = {token for token in self._added if token >= embeddings}
+        self.unused_rows = max(0, embeddings - 1 - max(ordinary, *self._added, 0))
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one token by its spelling, None where there is no such token."""
+        token_id: int | None = self._tokenizer.token_to_id(token)
+        return token_id
+
+    def has(self, token_id: int) -> bool:
+        """Whether the id is that of a token."""
+        return self._tokenizer.id_to_token(token_id) is not None
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether the token is a control token, which `decode` leaves out."""
+        return token_id in self._added and self._added[token_id].special
+
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text, without special tokens."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Token ids of a text; special tokens are those that it spells, none are added.
+
+        Raises AgentArkError for a text that spells a token without an embedding.
+        """
+        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if not self._without_row.isdisjoint(ids):
+            token = self._added[next(token for token in ids if token in self._without_row)].content
+            raise AgentArkError(f"a text contains {token!r}, a token that the model has no embedding for: remove it.")
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+
+def _special_tokens(path: Path) -> dict[str, str]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path}: not found. It names the model's special tokens.") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{path}: not valid JSON ({error}).") from error
+    named = {key: config[key] for key in _NAMED if config.get(key) is not None}
+    return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int, directory: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from agentark_jax.data.render import PlainFormat, Prompt
+from agentark_jax.data.render import Format, Prompt
 from agentark_jax.engines.base import Engine, Request
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Call, Question, Sampling, Turn, stable_hash
@@ -30,7 +30,7 @@ class Caller:
         self,
         engine: Engine,
         store: TraceStore,
-        form: PlainFormat,
+        form: Format,
         *,
         seed: int,
         on_turn: Callable[[Turn, bool], None] | None = None,
