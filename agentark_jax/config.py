@@ -53,12 +53,14 @@ class WarmStartConfig:
     Attributes:
         revision_share: share of the warm-start questions kept for the second phase.
         peers: answers sampled per question for the second phase; one is shown as the agent's own.
+        revisions: examples of the later-round format made of one question, each with another answer as the own one.
         answer: training of the first phase.
         revision: training of the second phase.
     """
 
     revision_share: float = 0.5
     peers: int = 3
+    revisions: int = 1
     answer: FitConfig = field(default_factory=FitConfig)
     revision: FitConfig = field(default_factory=FitConfig)
 
@@ -67,6 +69,11 @@ class WarmStartConfig:
             raise UsageError(f"warm_start.revision_share is {self.revision_share}: give a share between 0 and 1.")
         if self.peers < 1:
             raise UsageError(f"warm_start.peers is {self.peers}: a revision needs at least the agent's own answer.")
+        if not 1 <= self.revisions <= self.peers:
+            raise UsageError(
+                f"warm_start.revisions is {self.revisions}: give 1 to {self.peers} (warm_start.peers), since each "
+                "revision of a question takes another answer as its own."
+            )
 
 
 @dataclass(frozen=True)

@@ -257,8 +257,9 @@ class Pipeline:
             model = self._load(taught)
             peers = self._turns_of(sampled)
             revisions = [
-                self._revision_example(question, peers[question.id], form, index)
+                self._revision_example(question, peers[question.id], form, index + turn)
                 for index, question in enumerate(second)
+                for turn in range(settings.revisions)
             ]
             validation = answers(questions["validation"])
             examples = answers(second) + revisions
@@ -268,7 +269,7 @@ class Pipeline:
             "base",
             build_base,
             version=1,
-            config={"fit": settings.revision.fingerprint(), "seed": self.seed},
+            config={"fit": settings.revision.fingerprint(), "revisions": settings.revisions, "seed": self.seed},
             inputs={"model": taught, "samples": sampled},
         )
 

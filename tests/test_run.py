@@ -193,3 +193,18 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path, seed):
     assert rows[0] == rows[1]
     for store in stores:
         store.close()
+
+
+@pytest.mark.slow
+def test_several_seeds_share_a_report(finished, tmp_path):
+    """The first seed's figures are those of its own run; the pooled ones cover both."""
+    complete(tmp_path, "--seeds", "[0, 1]")
+    pooled, alone = without_timing(tmp_path / "tiny"), without_timing(finished)
+    assert [seed["seed"] for seed in pooled["per_seed"]] == [0, 1]
+    for arm, figures in alone["arms"].items():
+        assert pooled["per_seed"][0]["arms"][arm] == figures["accuracy"]
+        assert pooled["arms"][arm]["n"] == 2 * figures["n"]
+    assert all(difference["seed_low"] is not None for difference in pooled["differences"])
+    for seed in (0, 1):
+        assert (tmp_path / "tiny" / f"seed-{seed}" / "model" / "model.safetensors").exists()
+    assert "Everything was up to date" in complete(tmp_path, "--seeds", "[0, 1]")
