@@ -87,7 +87,10 @@ def tensor_table(config: ModelConfig) -> list[Entry]:
     if config.attention_bias:
         for letter, long in (("q", "query"), ("k", "key"), ("v", "value")):
             layer.append((f"self_attn.{letter}_proj.bias", ("attention", f"{long}_bias"), 0))
+    if config.attention_output_bias:
         layer.append(("self_attn.o_proj.bias", ("attention", "output_bias"), None))
+    if config.mlp_bias:
+        layer += [(f"mlp.{name}_proj.bias", ("mlp", f"{name}_bias"), None) for name in ("gate", "up", "down")]
     table = [Entry("model.embed_tokens.weight", ("embedding",))]
     for index in range(config.num_layers):
         repeat, offset = divmod(index, config.period)
