@@ -1,4 +1,4 @@
-"""The command line: `agentark run`.
+"""The command line: `agentark run`, and tools for a single model.
 
 Exit codes: 0 done, 1 something failed while running, 2 the request cannot be carried out as written, 130 interrupted.
 """
@@ -28,7 +28,9 @@ usage: agentark <command> [options]
 
 {DESCRIPTION}
 commands:
-  run      the whole pipeline (the same as `python -m agentark_jax.train`); `agentark run --help` lists every key
+  run        the whole pipeline (the same as `python -m agentark_jax.train`); `agentark run --help` lists every key
+  logits     a model's logits for an array of token ids, to compare with any other implementation
+  generate   a model's completions of a text
 """
 
 
@@ -42,6 +44,11 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     try:
         if command == "run":
             return _run(rest, prog or "agentark run")
+        if command in ("logits", "generate"):
+            from agentark_jax import tools
+
+            (tools.logits if command == "logits" else tools.generate)(rest)
+            return 0
         raise UsageError(f"unknown command {command!r}. `agentark --help` lists the commands.")
     except AgentArkError as error:
         print(f"{'error' if error.exit_code == 1 else 'usage error'}: {error}", file=sys.stderr)
@@ -64,3 +71,7 @@ def _run(arguments: Sequence[str], prog: str) -> int:
 
     experiment.run(resolved, update=update)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -469,7 +469,7 @@ def test_both_spellings_of_qwen_agree() -> None:
 @pytest.mark.parametrize(
     ("base", "change", "message"),
     [
-        (GEMMA_V4, {"model_type": "mamba"}, r"'mamba' is not supported; supported are \['gemma3_text', 'qwen3'\]"),
+        (GEMMA_V4, {"model_type": "mamba"}, r"'mamba' is not supported; supported are \['gemma', 'gemma3_text'"),
         (GEMMA_V4, {"model_type": None}, "key model_type: None is not supported"),
         (GEMMA_V4, {"model_type": "gemma3"}, "multimodal"),
         (GEMMA_V4, {"logit_scale": 2.0}, r"unknown keys \['logit_scale'\]"),

@@ -20,6 +20,12 @@ Activation = Literal["silu", "gelu_tanh"]
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 _FALSE = (None, False, 0)
+# What a rope dictionary must hold beside its base, by its type.
+_ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
 
 # Keys that do not change the logits of a text-only decoder.
 _NEUTRAL = frozenset(
@@ -51,7 +57,7 @@ _NEUTRAL = frozenset(
         "use_cache",
     }
 )
-# Keys that would change the math, and the only values with which this decoder agrees.
+# Keys that would change the math, and the only values with which this decoder agrees where no family reads them.
 _MUST_BE: Mapping[str, tuple[Any, ...]] = {
     "add_cross_attention": _FALSE,
     "attention_dropout": _FALSE,
@@ -67,11 +73,33 @@ _MUST_BE: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
+class RopeBands:
+    """Which wavelengths Llama 3.1 scales (arXiv 2407.21783): those above `original_positions / low` positions wholly,
+    those below `original_positions / high` not at all, those between by interpolation."""
+
+    low: float
+    high: float
+    original_positions: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise UsageError(
+                f"low_freq_factor is {self.low} and high_freq_factor {self.high}; 0 < low < high is needed"
+            )
+        if not 0 < self.original_positions < math.inf:
+            raise UsageError(f"original_max_position_embeddings is {self.original_positions}; it must be positive")
+
+
+@dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding of one layer type: base `theta`, positions divided by `factor` (linear scaling)."""
+    """Rotary position embedding of one layer type: base `theta`, frequencies divided by `factor`.
+
+    Without `bands` all of them are (linear scaling).
+    """
 
     theta: float
     factor: float = 1.0
+    bands: RopeBands | None = None
 
     def __post_init__(self) -> None:
         if not (self.theta > 1 and math.isfinite(self.theta)):
@@ -84,9 +112,11 @@ class Rope:
 class ModelConfig:
     """A decoder-only transformer with RMS norms, rotary positions, grouped queries and a gated MLP.
 
-    `norm_weight_offset` is added to every norm weight (Gemma stores w for 1 + w). `query_scale` multiplies the
-    attention scores. `sandwich_norms` adds a norm after attention and one after the MLP. `sliding_window` counts the
-    attended positions, the current one included, of `sliding_attention` layers.
+    `attention_bias` adds biases to queries, keys and values, `attention_output_bias` to the projection that follows
+    attention, `mlp_bias` to the three of the MLP. `norm_weight_offset` is added to every norm weight (Gemma stores w
+    for 1 + w). `query_scale` multiplies the attention scores. `sandwich_norms` adds a norm after attention and one
+    after the MLP. `sliding_window` counts the attended positions, the current one included, of `sliding_attention`
+    layers.
     """
 
     model_type: str
@@ -112,6 +142,8 @@ class ModelConfig:
     final_softcap: float | None
     tie_embeddings: bool
     max_positions: int
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -166,15 +198,21 @@ class ModelConfig:
     def from_hf(raw: Mapping[str, Any], where: str) -> "ModelConfig":
         """The config that a `config.json` describes; `where` names the file in messages.
 
-        Raises UsageError for an unsupported model type, a missing key, a value of the wrong type, an unsupported
-        kind of rope, or a key that might change the math and is not understood.
+        Raises UsageError for an unsupported model type (mixtures of experts and multimodal models too), a missing
+        key, a value of the wrong type, an unsupported kind of rope, or a key that might change the math and is not
+        understood.
         """
         keys = _Keys(raw, where)
         model_type = raw.get("model_type")
-        if model_type in ("gemma3", "qwen3_vl") or "vision_config" in raw:
+        if model_type == "gemma3" or {"text_config", "vision_config", "audio_config"} & raw.keys():
             raise UsageError(
                 f"{where}: key model_type: {model_type!r} is a multimodal model; export its text model "
                 f"(one of {sorted(_FAMILIES)}) and point to that directory"
+            )
+        if any("expert" in key for key in raw):
+            raise UsageError(
+                f"{where}: key model_type: {model_type!r} is a mixture of experts, which is not supported; choose a "
+                f"dense model (one of {sorted(_FAMILIES)})"
             )
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise UsageError(
@@ -189,10 +227,7 @@ class ModelConfig:
                 hidden_size=keys.integer("hidden_size"),
                 intermediate_size=keys.integer("intermediate_size"),
                 num_heads=keys.integer("num_attention_heads"),
-                num_kv_heads=keys.integer("num_key_value_heads"),
-                head_dim=keys.integer("head_dim"),
                 norm_eps=keys.number("rms_norm_eps"),
-                attention_bias=keys.boolean("attention_bias"),
                 attention_softcap=None,
                 max_positions=keys.integer("max_position_embeddings"),
                 initializer_range=keys.number("initializer_range", 0.02),
@@ -233,8 +268,8 @@ class _Keys:
             raise self.fail(key, f"is {value!r}; a finite number is needed")
         return float(value)
 
-    def integer(self, key: str) -> int:
-        value = self.number(key)
+    def integer(self, key: str, default: int | None = None) -> int:
+        value = self.number(key, default)
         if value != int(value):
             raise self.fail(key, f"is {value!r}; a whole number is needed")
         return int(value)
@@ -273,34 +308,40 @@ class _Keys:
             raise self.fail("layer_types", f"is {value!r}; {number} entries out of {list(_LAYER_TYPES)} are needed")
         return tuple(value)
 
+    def head_dim(self, default: int | None = None) -> int:
+        value = self.integer("head_dim", default)
+        if value < 1:
+            raise self.fail("head_dim", f"is {value}; it must be at least 1")
+        return value
+
     def rope(self, key: str, value: Any, theta: float | None) -> Rope:
         """A rope dictionary of either version; `theta` is the base when it is spelled outside of it."""
         value = {} if value is None else value
         if not isinstance(value, Mapping):
             raise self.fail(key, f"is {value!r}; an object is needed")
         kind = value.get("rope_type", value.get("type", "default"))
-        if kind not in ("default", "linear"):
-            raise self.fail(key, f"has rope_type {kind!r}; supported are 'default' and 'linear'")
-        unknown = sorted(set(value) - {"rope_type", "type", "rope_theta", "factor"})
+        if kind not in _ROPE_NUMBERS:
+            raise self.fail(key, f"has rope_type {kind!r}; supported are {sorted(_ROPE_NUMBERS)}")
+        unknown = sorted(set(value) - {"rope_type", "type", "rope_theta", "factor", *_ROPE_NUMBERS[kind]})
         if unknown:
             raise self.fail(key, f"has {unknown}, which this decoder does not know; remove or port it")
         inside = value.get("rope_theta")
         if inside is not None and theta is not None and inside != theta:
             raise self.fail(key, f"has rope_theta {inside}, elsewhere the file says {theta}; keep one of them")
-        base = theta if inside is None else inside
-        if not isinstance(base, int | float) or isinstance(base, bool):
-            raise self.fail(key, f"rope_theta is {base!r}; a number is needed, it has no default")
-        factor = value.get("factor", 1.0 if kind == "default" else None)
-        if not isinstance(factor, int | float) or isinstance(factor, bool):
-            raise self.fail(key, f"factor is {factor!r}; linear scaling needs a number")
+        found: dict[str, Any] = {"rope_theta": theta if inside is None else inside, "factor": 1.0}
+        found |= {name: value.get(name) for name in _ROPE_NUMBERS[kind]}
+        for name, number in found.items():
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                raise self.fail(key, f"{name} is {number!r}; a number is needed, it has no default")
+        base, factor, *bands = (float(number) for number in found.values())
         try:
-            return Rope(float(base), float(factor) if kind == "linear" else 1.0)
+            return Rope(base, factor, RopeBands(*bands) if bands else None)
         except UsageError as error:
             raise self.fail(key, str(error)) from error
 
     def finish(self) -> None:
         for key, allowed in _MUST_BE.items():
-            if key in self.raw and self.raw[key] not in allowed:
+            if key in self.raw and key not in self.used and self.raw[key] not in allowed:
                 raise self.fail(key, f"is {self.raw[key]!r}; this decoder only supports {allowed[0]!r}")
         unknown = sorted(set(self.raw) - self.used - _NEUTRAL - set(_MUST_BE))
         if unknown:
@@ -308,6 +349,12 @@ class _Keys:
                 f"{self.where}: unknown keys {unknown}: they may change the result; remove them if they do not, "
                 "or extend the config table"
             )
+
+
+def _attention_biases(keys: _Keys, default: bool | None = None) -> dict[str, bool]:
+    """One flag for all four projections of attention."""
+    bias = keys.boolean("attention_bias", default)
+    return {"attention_bias": bias, "attention_output_bias": bias}
 
 
 def _gemma3_text(keys: _Keys) -> dict[str, Any]:
@@ -334,6 +381,8 @@ def _gemma3_text(keys: _Keys) -> dict[str, Any]:
     if scalar <= 0:
         raise keys.fail("query_pre_attn_scalar", f"is {scalar}; it must be positive")
     return {
+        "num_kv_heads": keys.integer("num_key_value_heads"),
+        "head_dim": keys.head_dim(),
         "layer_types": keys.layer_types(number, by_pattern),
         "sliding_window": keys.optional_integer("sliding_window"),
         "rope_full": full,
@@ -344,13 +393,55 @@ def _gemma3_text(keys: _Keys) -> dict[str, Any]:
         "query_scale": scalar**-0.5,
         "qk_norm": True,
         "sandwich_norms": True,
+        **_attention_biases(keys),
         "final_softcap": keys.optional_number("final_logit_softcapping"),
         "tie_embeddings": keys.boolean("tie_word_embeddings", True),  # transformers leaves it out when it is true
     }
 
 
-def _qwen3(keys: _Keys) -> dict[str, Any]:
-    """Qwen 3, dense (arXiv 2505.09388)."""
+def _plain(keys: _Keys, head_dim: int) -> dict[str, Any]:
+    """What Llama has and the others of its kind change: one rope, full attention, norms before each half of a layer."""
+    parameters, scaling = keys.get("rope_parameters"), keys.get("rope_scaling")
+    if parameters is not None and scaling is not None:
+        raise keys.fail("rope_scaling", "stands beside rope_parameters; keep one of them")
+    spelled = "rope_scaling" if parameters is None else "rope_parameters"
+    rope = keys.rope(spelled, scaling if parameters is None else parameters, keys.optional_number("rope_theta"))
+    return {
+        "head_dim": head_dim,
+        "layer_types": ("full_attention",) * keys.integer("num_hidden_layers"),
+        "sliding_window": None,
+        "rope_full": rope,
+        "rope_sliding": rope,
+        "norm_weight_offset": 0.0,
+        "embedding_scale": 1.0,
+        "query_scale": head_dim**-0.5,
+        "qk_norm": False,
+        "sandwich_norms": False,
+        "final_softcap": None,
+    }
+
+
+def _split_head_dim(keys: _Keys) -> int:
+    """The size of a head where a file need not give it: the hidden size is then divided among the heads."""
+    size, heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    if keys.get("head_dim") is None and (heads < 1 or size % heads):
+        raise keys.fail("head_dim", f"is missing, and {heads} heads do not divide hidden_size {size}; add it")
+    return keys.head_dim(size // max(1, heads))
+
+
+def _llama(keys: _Keys) -> dict[str, Any]:
+    """Llama 2 to 3.2 (arXiv 2407.21783); older files leave out what their models do not have."""
+    return _plain(keys, _split_head_dim(keys)) | {
+        "num_kv_heads": keys.integer("num_key_value_heads", keys.integer("num_attention_heads")),
+        "activation": keys.activation("hidden_act"),
+        **_attention_biases(keys, False),
+        "mlp_bias": keys.boolean("mlp_bias", False),
+        "tie_embeddings": keys.boolean("tie_word_embeddings", False),
+    }
+
+
+def _windows_by_depth(keys: _Keys) -> dict[str, Any]:
+    """Qwen's sliding windows: in the layers from `max_window_layers` on, where `use_sliding_window` is set."""
     number = keys.integer("num_hidden_layers")
     window = keys.optional_integer("sliding_window") if keys.boolean("use_sliding_window", False) else None
     first_sliding = keys.optional_integer("max_window_layers")
@@ -363,29 +454,65 @@ def _qwen3(keys: _Keys) -> dict[str, Any]:
             raise keys.fail("max_window_layers", "is missing, and so is layer_types; add one of them")
         return ["sliding_attention" if i >= first_sliding else "full_attention" for i in range(number)]
 
-    parameters = keys.get("rope_parameters")
-    scaling = keys.get("rope_scaling")
-    if parameters is not None and scaling is not None:
-        raise keys.fail("rope_scaling", "stands beside rope_parameters; keep one of them")
-    spelled = "rope_scaling" if parameters is None else "rope_parameters"
-    rope = keys.rope(spelled, scaling if parameters is None else parameters, keys.optional_number("rope_theta"))
-    return {
-        "layer_types": keys.layer_types(number, by_depth),
-        "sliding_window": window,
-        "rope_full": rope,
-        "rope_sliding": rope,
-        "activation": keys.activation("hidden_act"),
-        "norm_weight_offset": 0.0,
-        "embedding_scale": 1.0,
-        "query_scale": keys.integer("head_dim") ** -0.5,
-        "qk_norm": True,
-        "sandwich_norms": False,
-        "final_softcap": None,
-        "tie_embeddings": keys.boolean("tie_word_embeddings", False),  # transformers leaves it out when it is false
+    return {"layer_types": keys.layer_types(number, by_depth), "sliding_window": window}
+
+
+def _qwen2(keys: _Keys) -> dict[str, Any]:
+    """Qwen 2 and 2.5 (arXiv 2412.15115): always a bias on queries, keys and values, never on the output."""
+    return (
+        _plain(keys, _split_head_dim(keys))
+        | _windows_by_depth(keys)
+        | {
+            "num_kv_heads": keys.integer("num_key_value_heads"),
+            "activation": keys.activation("hidden_act"),
+            "attention_bias": True,
+            "tie_embeddings": keys.boolean("tie_word_embeddings", False),
+        }
+    )
+
+
+def _qwen3(keys: _Keys) -> dict[str, Any]:
+    """Qwen 3, dense (arXiv 2505.09388)."""
+    return (
+        _plain(keys, keys.head_dim())
+        | _windows_by_depth(keys)
+        | {
+            "num_kv_heads": keys.integer("num_key_value_heads"),
+            "activation": keys.activation("hidden_act"),
+            "qk_norm": True,
+            **_attention_biases(keys),
+            "tie_embeddings": keys.boolean("tie_word_embeddings", False),  # left out by transformers when it is false
+        }
+    )
+
+
+def _gemma(keys: _Keys) -> dict[str, Any]:
+    """Gemma 1 (arXiv 2403.08295).
+
+    Its first files say `hidden_act: gelu` and mean the tanh approximation, as `hidden_activation: null` does.
+    """
+    activation: Activation = "gelu_tanh"
+    if keys.get("hidden_act") not in (None, "gelu"):
+        activation = keys.activation("hidden_act")
+    if keys.get("hidden_activation") is not None and keys.activation("hidden_activation") != activation:
+        raise keys.fail("hidden_activation", "contradicts hidden_act; keep one of them")
+    return _plain(keys, keys.head_dim()) | {
+        "num_kv_heads": keys.integer("num_key_value_heads"),
+        "activation": activation,
+        "norm_weight_offset": 1.0,
+        "embedding_scale": keys.integer("hidden_size") ** 0.5,
+        **_attention_biases(keys, False),
+        "tie_embeddings": keys.boolean("tie_word_embeddings", True),
     }
 
 
-_FAMILIES: Mapping[str, Callable[[_Keys], dict[str, Any]]] = {"gemma3_text": _gemma3_text, "qwen3": _qwen3}
+_FAMILIES: Mapping[str, Callable[[_Keys], dict[str, Any]]] = {
+    "gemma": _gemma,
+    "gemma3_text": _gemma3_text,
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def cache_root() -> Path:
     return Path(root) if root else Path.home() / ".cache" / "agentark_jax"
 
 
-def resolve_model(source: str) -> Path:
-    """The Hugging Face directory of a model source.
+def resolve_model(source: str, tokenizer: bool = True) -> Path:
+    """The Hugging Face directory of a model source; `tokenizer` says whether it must hold one.
 
     `gguf:gemma3-270m` is converted from its package on first use; an existing directory is checked for its files and
     returned; anything else is a hub id, downloaded. Raises UsageError for a source that is none of these or lacks
@@ -75,14 +75,15 @@ def resolve_model(source: str) -> Path:
         raise UsageError(f"model source {source!r} is unknown; the only packaged one is {GEMMA3_270M!r}")
     path = Path(source).expanduser()
     if path.exists():
-        return _checked_directory(path)
+        return _checked_directory(path, tokenizer)
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UsageError(f"model source {source!r}: no such directory; give a directory or a hub id like org/name")
-    return _checked_directory(_download(source))
+    return _checked_directory(_download(source), tokenizer)
 
 
-def _checked_directory(path: Path) -> Path:
-    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
+def _checked_directory(path: Path, tokenizer: bool) -> Path:
+    wanted = ["config.json", "tokenizer.json"] if tokenizer else ["config.json"]
+    missing = [name for name in wanted if not (path / name).is_file()]
     if not list(path.glob("*.safetensors")):
         missing.append("model.safetensors")
     if missing:

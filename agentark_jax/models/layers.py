@@ -5,6 +5,7 @@ in the parameters' dtype. Matrices are stored as [out, in], as in Hugging Face f
 XLA's CPU backend runs them nearly twice as fast in a decode step.
 """
 
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 
@@ -14,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from agentark_jax.models.config import LayerType, ModelConfig
+from agentark_jax.models.config import LayerType, ModelConfig, Rope
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -46,7 +47,7 @@ class Attention(nnx.Module):
         size, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         std = config.initializer_range
         self.scale, self.softcap = config.query_scale, config.attention_softcap
-        self.qk_norm, self.bias = config.qk_norm, config.attention_bias
+        self.qk_norm, self.bias, self.out_bias = config.qk_norm, config.attention_bias, config.attention_output_bias
         self.query = normal_param(rngs, (*stack, heads, head_dim, size), std)
         self.key = normal_param(rngs, (*stack, kv_heads, head_dim, size), std)
         self.value = normal_param(rngs, (*stack, kv_heads, head_dim, size), std)
@@ -58,6 +59,7 @@ class Attention(nnx.Module):
             self.query_bias = nnx.Param(jnp.zeros((*stack, heads, head_dim)))
             self.key_bias = nnx.Param(jnp.zeros((*stack, kv_heads, head_dim)))
             self.value_bias = nnx.Param(jnp.zeros((*stack, kv_heads, head_dim)))
+        if self.out_bias:
             self.output_bias = nnx.Param(jnp.zeros((*stack, size)))
 
     def project(
@@ -95,7 +97,7 @@ class Attention(nnx.Module):
         mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(batch, kv_heads, -1, span), value)
         mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         out = linear(mixed, self.output[...].reshape(-1, mixed.shape[-1]))
-        return out + self.output_bias[...] if self.bias else out
+        return out + self.output_bias[...] if self.out_bias else out
 
 
 def linear(x: Float[Array, "B T D"], weight: Float[Array, "F D"]) -> Float[Array, "B T F"]:
@@ -118,15 +120,22 @@ class MLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         size, inner, std = config.hidden_size, config.intermediate_size, config.initializer_range
-        self.activation = config.activation
+        self.activation, self.bias = config.activation, config.mlp_bias
         self.gate = normal_param(rngs, (*stack, inner, size), std)
         self.up = normal_param(rngs, (*stack, inner, size), std)
         self.down = normal_param(rngs, (*stack, size, inner), std)
+        if self.bias:
+            self.gate_bias = nnx.Param(jnp.zeros((*stack, inner)))
+            self.up_bias = nnx.Param(jnp.zeros((*stack, inner)))
+            self.down_bias = nnx.Param(jnp.zeros((*stack, size)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = linear(x, self.gate[...]), linear(x, self.up[...])
+        if self.bias:
+            gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return linear(gate * up, self.down[...])
+        down = linear(gate * up, self.down[...])
+        return down + self.down_bias[...] if self.bias else down
 
 
 class Block(nnx.Module):
@@ -176,20 +185,31 @@ def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T 
 def rotation_table(
     config: ModelConfig, positions: Int[Array, "B T"], dtype: jax.typing.DTypeLike
 ) -> dict[LayerType, Rotation]:
-    """cos and sin [B, T, H/2] for each layer type that the model has, computed in float32.
-
-    The frequencies are constants whose last digit follows the reference implementation (each step of
-    1 / theta ** exponent rounded to float32): at position 1,000 a last digit is 1e-4 of an angle.
-    """
-    exponent = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    """cos and sin [B, T, H/2] for each layer type that the model has, computed in float32."""
     table: dict[LayerType, Rotation] = {}
     for layer_type in sorted(set(config.layer_types)):
-        rope = config.rope(layer_type)
-        power = (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
-        frequency = np.float32(1) / power / np.float32(rope.factor)
-        angle = positions[..., None].astype(jnp.float32) * frequency
+        angle = positions[..., None].astype(jnp.float32) * rope_frequencies(config.rope(layer_type), config.head_dim)
         table[layer_type] = (jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype))
     return table
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each rotated pair: float32 [H/2].
+
+    Constants whose last digit follows the reference implementation (each step rounded to float32): at position 1,000
+    a last digit is 1e-4 of an angle.
+    """
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    frequency = np.float32(1) / (rope.theta ** exponent.astype(np.float64)).astype(np.float32)
+    scaled = frequency / np.float32(rope.factor)
+    if rope.bands is None:
+        return scaled
+    low, high, length = rope.bands.low, rope.bands.high, rope.bands.original_positions
+    wavelength = 2 * math.pi / frequency
+    kept = (length / wavelength - low) / (high - low)
+    between = (1 - kept) * frequency / np.float32(rope.factor) + kept * frequency
+    long_or_between = np.where(wavelength > length / low, scaled, between)
+    return np.where(wavelength < length / high, frequency, long_or_between)
 
 
 def causal_masks(

@@ -6,12 +6,14 @@ its axes are heads; loading and saving both read it, so they cannot disagree.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from agentark_jax.models.transformer import Params, param_shapes
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What stands beside the weights and travels with them.
 _COMPANIONS = (
     "tokenizer.json",
@@ -87,8 +90,11 @@ def tensor_table(config: ModelConfig) -> list[Entry]:
     if config.attention_bias:
         for letter, long in (("q", "query"), ("k", "key"), ("v", "value")):
             layer.append((f"self_attn.{letter}_proj.bias", ("attention", f"{long}_bias"), 0))
+    if config.attention_output_bias:
         layer.append(("self_attn.o_proj.bias", ("attention", "output_bias"), None))
-    table = [Entry("model.embed_tokens.weight", ("embedding",))]
+    if config.mlp_bias:
+        layer += [(f"mlp.{name}_proj.bias", ("mlp", f"{name}_bias"), None) for name in ("gate", "up", "down")]
+    table = [Entry(_EMBEDDING, ("embedding",))]
     for index in range(config.num_layers):
         repeat, offset = divmod(index, config.period)
         stacked = repeat < config.num_periods
@@ -98,7 +104,7 @@ def tensor_table(config: ModelConfig) -> list[Entry]:
             table.append(entry)
     table.append(Entry("model.norm.weight", ("final_norm", "weight")))
     if not config.tie_embeddings:
-        table.append(Entry("lm_head.weight", ("unembedding",)))
+        table.append(Entry(_HEAD, ("unembedding",)))
     return table
 
 
@@ -119,7 +125,7 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
 
 
 def safetensors_files(directory: Path) -> list[Path]:
-    """The weight files of a model directory, sharded or single. Raises UsageError naming the one that is missing."""
+    """The weight files of a model directory, sharded or single. Raises UsageError naming those that are missing."""
     directory = Path(directory)
     index = directory / _INDEX
     if index.exists():
@@ -132,75 +138,138 @@ def safetensors_files(directory: Path) -> list[Path]:
     for name in names:
         if Path(name).name != name:
             raise UsageError(f"{index}: key weight_map: {name!r} is not a plain file name; restore it from its source")
-        if not (directory / name).is_file():
-            raise UsageError(f"{directory / name}: not found; a model directory needs its safetensors files")
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        others = f", and with it {', '.join(missing[1:])}" if missing[1:] else ""
+        raise UsageError(f"{directory / missing[0]}: not found{others}; a model directory needs its safetensors files")
     return [directory / name for name in names]
 
 
-def load_params(directory: Path, config: ModelConfig, dtype: str = "float32") -> Params:
-    """Stacked parameters (JAX arrays of `dtype`: float32, bfloat16, float16) from a model directory.
+class _Tensors:
+    """The open weight files of a model directory: tensors by name, read by the slice."""
 
-    Raises UsageError listing every missing, unexpected and misshaped tensor with its file, AgentArkError for a file
-    that cannot be read. A tied model's redundant `lm_head.weight` is allowed when it equals the embedding.
-    """
-    wanted, directory = _dtype(dtype), Path(directory)
-    shapes, table = param_shapes(config), tensor_table(config)
-    with ExitStack() as stack:
-        where: dict[str, tuple[Path, Any]] = {}
+    def __init__(self, directory: Path, stack: ExitStack) -> None:
+        """Raises UsageError for missing files, AgentArkError listing those that cannot be read."""
+        self.directory = directory
+        self.place: dict[str, Path] = {}
+        self.repeated: list[str] = []
+        self._handles: dict[str, Any] = {}
+        damaged = []
         for path in safetensors_files(directory):
             try:
                 handle = stack.enter_context(safe_open(path, framework="numpy"))
             except (SafetensorError, OSError) as error:
-                raise AgentArkError(f"{path}: not a readable safetensors file ({error}); fetch it again") from error
-            where.update(dict.fromkeys(handle.keys(), (path, handle)))
-        _check_tensors(directory, config, table, shapes, where)
-        params: Params = {}
-        by_path: dict[tuple[str, ...], list[Entry]] = {}
-        for entry in table:
-            by_path.setdefault(entry.path, []).append(entry)
-        for path_in_tree, entries in by_path.items():
-            shape = tuple(_leaf(shapes, path_in_tree).shape)
-            read = [where[entry.name][1].get_tensor(entry.name) for entry in entries]
-            array = read[0] if entries[0].repeat is None else np.stack(read)
-            _set(params, path_in_tree, jnp.asarray(array.reshape(shape).astype(wanted, copy=False)))
-            del read, array
-        if config.tie_embeddings and "lm_head.weight" in where:
-            path, handle = where["lm_head.weight"]
-            embedding = where["model.embed_tokens.weight"][1].get_tensor("model.embed_tokens.weight")
-            if not np.array_equal(handle.get_tensor("lm_head.weight"), embedding):
-                raise UsageError(
-                    f"{path}: lm_head.weight differs from model.embed_tokens.weight although config.json ties them; "
-                    "set tie_word_embeddings to false"
-                )
+                damaged.append(f"{path}: not a readable safetensors file ({error})")
+                continue
+            for name in handle.keys():  # noqa: SIM118 (not a dictionary)
+                if name in self.place:
+                    self.repeated.append(f"{name} stands in {self.place[name].name} and in {path.name}")
+                self.place[name], self._handles[name] = path, handle
+        if damaged:
+            raise AgentArkError("; ".join(damaged) + "; cut short or damaged on the way here: fetch again")
+
+    def __getitem__(self, name: str) -> Any:
+        """The tensor as a lazy slice: nothing is read before it is indexed."""
+        return self._handles[name].get_slice(name)
+
+    def read(self, entry: Entry, shape: tuple[int, ...], bounds: Sequence[range]) -> np.ndarray:
+        """The part within `bounds` of one tensor that has this (unstacked) `shape` in the tree."""
+        parts = [slice(bound.start, bound.stop) for bound in bounds]
+        if entry.heads is None:
+            return self[entry.name][tuple(parts)]
+        first, size = entry.heads, shape[entry.heads + 1]
+        heads, inside = bounds[first], parts[first + 1]
+        parts[first : first + 2] = [slice(heads.start * size, heads.stop * size)]
+        read = self[entry.name][tuple(parts)]
+        split = read.reshape(*read.shape[:first], len(heads), size, *read.shape[first + 1 :])
+        return split[(slice(None),) * (first + 1) + (inside,)]
+
+    def read_stacked(
+        self, entries: Sequence[Entry], shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """The part `index` of a parameter of this `shape` and the given `dtype`, from the tensors it is made of."""
+        bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
+        out = np.empty([len(bound) for bound in bounds], dtype)
+        if entries[0].repeat is None:
+            out[...] = self.read(entries[0], shape, bounds)
+        else:
+            for row, repeat in enumerate(bounds[0]):
+                out[row] = self.read(entries[repeat], shape[1:], bounds[1:])
+        return out
+
+
+def load_params(
+    directory: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None
+) -> Params:
+    """Stacked parameters (JAX arrays of `dtype`: float32, bfloat16, float16) from a model directory.
+
+    With `shardings`, a tree of `jax.sharding.Sharding` in the shape of the parameters, each is placed on its devices
+    and this process reads only the parts that its own devices hold. At most one parameter at a time is on the host.
+
+    Raises UsageError listing every missing, unexpected and misshaped tensor with its file, AgentArkError listing the
+    files that cannot be read. A tied model's redundant `lm_head.weight` is allowed when it equals the embedding.
+    """
+    wanted, shapes = _dtype(dtype), param_shapes(config)
+    by_path: dict[tuple[str, ...], list[Entry]] = {}
+    for entry in tensor_table(config):
+        by_path.setdefault(entry.path, []).append(entry)
+    params: Params = {}
+    with ExitStack() as stack:
+        tensors = _Tensors(Path(directory), stack)
+        _check_tensors(tensors, config, shapes)
+        for path, entries in by_path.items():
+            shape = tuple(_leaf(shapes, path).shape)
+            read = partial(tensors.read_stacked, entries, shape, wanted)
+            if shardings is None:
+                _set(params, path, jnp.asarray(read((slice(None),) * len(shape))))
+            else:
+                _set(params, path, _placed(shape, _leaf(shardings, path), read))
     return params
 
 
-def _check_tensors(
-    directory: Path,
-    config: ModelConfig,
-    table: Iterable[Entry],
-    shapes: Params,
-    where: Mapping[str, tuple[Path, Any]],
-) -> None:
-    problems, expected = [], set()
+def _placed(
+    shape: tuple[int, ...], sharding: jax.sharding.Sharding, read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> jax.Array:
+    """An array on the devices of `sharding`; a part that several of them hold is read once."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _check_tensors(tensors: _Tensors, config: ModelConfig, shapes: Params) -> None:
+    place, problems = tensors.place, list(tensors.repeated)
+    table = tensor_table(config)
+    if config.tie_embeddings and _HEAD in place:
+        table.append(Entry(_HEAD, ("embedding",)))
     for entry in table:
-        expected.add(entry.name)
-        if entry.name not in where:
+        if entry.name not in place:
             problems.append(f"missing {entry.name}")
             continue
-        path, handle = where[entry.name]
-        shape = entry.file_shape(tuple(_leaf(shapes, entry.path).shape))
-        tensor = handle.get_slice(entry.name)
-        if tuple(tensor.get_shape()) != shape:
-            problems.append(f"misshaped {entry.name} in {path.name}: {tuple(tensor.get_shape())}, expected {shape}")
+        file, tensor = place[entry.name].name, tensors[entry.name]
+        found, shape = tuple(tensor.get_shape()), entry.file_shape(tuple(_leaf(shapes, entry.path).shape))
+        if found != shape:
+            problems.append(f"misshaped {entry.name} in {file}: {found}, expected {shape}")
         elif tensor.get_dtype() not in ("F32", "BF16", "F16"):
-            problems.append(f"{entry.name} in {path.name} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
-    if config.tie_embeddings:
-        expected.add("lm_head.weight")
-    problems += [f"unexpected {name} in {where[name][0].name}" for name in sorted(set(where) - expected)]
+            problems.append(f"{entry.name} in {file} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
+    unexpected = sorted(set(place) - {entry.name for entry in table})
+    problems += [f"unexpected {name} in {place[name].name}" for name in unexpected]
     if problems:
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise UsageError(f"{directory}: its tensors do not match its config.json: {shown}. Fetch the model again")
+        raise UsageError(f"{tensors.directory}: its tensors do not match its config.json: {shown}. Fetch it again")
+    if config.tie_embeddings and _HEAD in place:
+        for start in range(0, config.vocab_size, 8192):
+            rows = slice(start, min(start + 8192, config.vocab_size))
+            if not np.array_equal(tensors[_HEAD][rows], tensors[_EMBEDDING][rows]):
+                raise UsageError(
+                    f"{place[_HEAD]}: {_HEAD} differs from {_EMBEDDING} although config.json ties them; "
+                    "set tie_word_embeddings to false"
+                )
 
 
 def _dtype(name: str) -> np.dtype:
@@ -210,13 +279,19 @@ def _dtype(name: str) -> np.dtype:
 
 
 def save_pretrained(
-    directory: Path, config: ModelConfig, params: Params, source_dir: Path, dtype: str = "float32"
+    directory: Path,
+    config: ModelConfig,
+    params: Params,
+    source_dir: Path,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5_000_000_000,
 ) -> Path:
     """Write stacked `params` as a model directory that transformers loads; it appears only when it is complete.
 
-    config.json (with `dtype`), tokenizer files and generation_config.json come from `source_dir`. An existing
-    directory is replaced. Raises AgentArkError when the disk is full or not writable, UsageError when `params` do not
-    fit `config`.
+    Weights that take more than `max_shard_bytes` are split over several files with an index; at most one file's are
+    on the host at a time. config.json (with `dtype`), tokenizer files and generation_config.json come from
+    `source_dir`. An existing directory is replaced. Raises AgentArkError when the disk is full or not writable,
+    UsageError when `params` do not fit `config`.
     """
     wanted, directory, source_dir = _dtype(dtype), Path(directory), Path(source_dir)
     found, expected = _shapes_by_path(params), _shapes_by_path(param_shapes(config))
@@ -228,14 +303,8 @@ def save_pretrained(
     raw = dict(read_json(source_dir / "config.json"))
     raw.pop("torch_dtype", None)  # the spelling of transformers 4
     raw["dtype"] = dtype
-    host = jax.tree.map(np.asarray, params)
-    tensors = {}
-    for entry in tensor_table(config):
-        array = _leaf(host, entry.path)
-        part = array if entry.repeat is None else array[entry.repeat]
-        tensors[entry.name] = part.reshape(entry.file_shape(array.shape)).astype(wanted, copy=False)
     with replaced_directory(directory) as fresh:
-        save_file(tensors, fresh / _SINGLE, metadata={"format": "pt"})
+        _write_tensors(fresh, config, params, wanted, max_shard_bytes)
         (fresh / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         for name in (*_COMPANIONS, "generation_config.json"):
             if (source_dir / name).is_file():
@@ -243,6 +312,31 @@ def save_pretrained(
         if not (fresh / "generation_config.json").exists():
             write_generation_config(fresh, config)
     return directory
+
+
+def _write_tensors(directory: Path, config: ModelConfig, params: Params, dtype: np.dtype, max_bytes: int) -> None:
+    shapes, shards, sizes = param_shapes(config), list[list[Entry]](), list[int]()
+    for entry in tensor_table(config):
+        size = math.prod(entry.file_shape(tuple(_leaf(shapes, entry.path).shape))) * dtype.itemsize
+        if not shards or sizes[-1] + size > max_bytes:
+            shards.append([])
+            sizes.append(0)
+        shards[-1].append(entry)
+        sizes[-1] += size
+
+    def tensor(entry: Entry) -> np.ndarray:
+        leaf = _leaf(params, entry.path)
+        part = np.asarray(leaf if entry.repeat is None else leaf[entry.repeat])
+        return part.reshape(entry.file_shape(leaf.shape)).astype(dtype, copy=False)
+
+    count = len(shards)
+    names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
+    for name, entries in zip(names, shards, strict=True):
+        save_file({entry.name: tensor(entry) for entry in entries}, directory / name, metadata={"format": "pt"})
+    if count > 1:
+        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
