@@ -133,16 +133,16 @@ def sharding(leaf):
     return NamedSharding(mesh, P(*spec))
 
 shardings = jax.tree.map(sharding, shapes)
-read, original = Counter(), weights._Tensors.read
+read, original = Counter(), weights.Tensors._read
 
 def counted(self, entry, shape, bounds):
     part = original(self, entry, shape, bounds)
     read[entry.name] += part.size
     return part
 
-weights._Tensors.read = counted
+weights.Tensors._read = counted
 placed = weights.load_params(directory, config, shardings=shardings)
-weights._Tensors.read = original
+weights.Tensors._read = original
 assert sum(read.values()) == sum(leaf.size for leaf in jax.tree.leaves(shapes)), "each element is read once"
 plain = weights.load_params(directory, config)
 for (path, leaf), whole, wanted in zip(

@@ -108,6 +108,47 @@ class Rope:
             raise UsageError(f"rope scaling factor is {self.factor}; it must be a finite number above 0")
 
 
+# Projections that can have an adapter, by their Hugging Face names, and where they are in a layer's parameters.
+LORA_TARGETS: Mapping[str, tuple[str, str]] = {
+    "q_proj": ("attention", "query"),
+    "k_proj": ("attention", "key"),
+    "v_proj": ("attention", "value"),
+    "o_proj": ("attention", "output"),
+    "gate_proj": ("mlp", "gate"),
+    "up_proj": ("mlp", "up"),
+    "down_proj": ("mlp", "down"),
+}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685): projections `targets` become W + alpha / rank · B · A.
+
+    A [rank, in] and B [out, rank] are the adapter's parameters; targets have their Hugging Face names.
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = tuple(LORA_TARGETS)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"lora rank is {self.rank}; it must be at least 1")
+        if not 0 < self.alpha < math.inf:
+            raise UsageError(f"lora alpha is {self.alpha}; it must be a finite number above 0")
+        if not self.targets or not set(self.targets) <= set(LORA_TARGETS):
+            raise UsageError(f"lora targets are {list(self.targets)}; choose some of {list(LORA_TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def projections(self) -> frozenset[str]:
+        """The adapted projections by their names in the parameter tree."""
+        return frozenset(LORA_TARGETS[target][1] for target in self.targets)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer with RMS norms, rotary positions, grouped queries and a gated MLP.
@@ -116,7 +157,7 @@ class ModelConfig:
     attention, `mlp_bias` to the three of the MLP. `norm_weight_offset` is added to every norm weight (Gemma stores w
     for 1 + w). `query_scale` multiplies the attention scores. `sandwich_norms` adds a norm after attention and one
     after the MLP. `sliding_window` counts the attended positions, the current one included, of `sliding_attention`
-    layers.
+    layers. With `lora` the parameters have an adapter beside each projection that it targets.
     """
 
     model_type: str
@@ -144,6 +185,7 @@ class ModelConfig:
     max_positions: int
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    lora: Lora | None = None
     initializer_range: float = 0.02
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

@@ -90,7 +90,10 @@ def param_shapes(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, seed: int) -> Params:
-    """Fresh stacked parameters in float32: normal with the config's `initializer_range`, norms at identity."""
+    """Fresh stacked parameters in float32: normal with the config's `initializer_range`, norms at identity.
+
+    Adapters, where the config has any, are zero: `lora.init_adapter` makes those to be trained.
+    """
     return nnx.to_pure_dict(nnx.state(Transformer(config, nnx.Rngs(seed))))
 
 

@@ -145,19 +145,19 @@ def safetensors_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-class _Tensors:
-    """The open weight files of a model directory: tensors by name, read by the slice."""
+class Tensors:
+    """The tensors of several safetensors files by name, read by the slice; a context manager."""
 
-    def __init__(self, directory: Path, stack: ExitStack) -> None:
-        """Raises UsageError for missing files, AgentArkError listing those that cannot be read."""
-        self.directory = directory
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Opens the files. Raises AgentArkError listing those that cannot be read."""
         self.place: dict[str, Path] = {}
         self.repeated: list[str] = []
         self._handles: dict[str, Any] = {}
+        self._open = ExitStack()
         damaged = []
-        for path in safetensors_files(directory):
+        for path in files:
             try:
-                handle = stack.enter_context(safe_open(path, framework="numpy"))
+                handle = self._open.enter_context(safe_open(path, framework="numpy"))
             except (SafetensorError, OSError) as error:
                 damaged.append(f"{path}: not a readable safetensors file ({error})")
                 continue
@@ -166,13 +166,54 @@ class _Tensors:
                     self.repeated.append(f"{name} stands in {self.place[name].name} and in {path.name}")
                 self.place[name], self._handles[name] = path, handle
         if damaged:
+            self._open.close()
             raise AgentArkError("; ".join(damaged) + "; cut short or damaged on the way here: fetch again")
+
+    def __enter__(self) -> "Tensors":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
     def __getitem__(self, name: str) -> Any:
         """The tensor as a lazy slice: nothing is read before it is indexed."""
         return self._handles[name].get_slice(name)
 
-    def read(self, entry: Entry, shape: tuple[int, ...], bounds: Sequence[range]) -> np.ndarray:
+    def check(self, description: Path, table: Sequence[Entry], shapes: Params) -> None:
+        """Raises UsageError listing what is missing, unexpected or misshaped against a table and its tree's shapes."""
+        problems = list(self.repeated)
+        for entry in table:
+            if entry.name not in self.place:
+                problems.append(f"missing {entry.name}")
+                continue
+            file, tensor = self.place[entry.name].name, self[entry.name]
+            found, shape = tuple(tensor.get_shape()), entry.file_shape(tuple(_leaf(shapes, entry.path).shape))
+            if found != shape:
+                problems.append(f"misshaped {entry.name} in {file}: {found}, expected {shape}")
+            elif tensor.get_dtype() not in ("F32", "BF16", "F16"):
+                problems.append(f"{entry.name} in {file} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
+        unexpected = sorted(set(self.place) - {entry.name for entry in table})
+        problems += [f"unexpected {name} in {self.place[name].name}" for name in unexpected]
+        if problems:
+            shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+            raise UsageError(f"{description}: the tensors beside it do not match it: {shown}. Fetch them again")
+
+    def tree(self, table: Sequence[Entry], shapes: Params, dtype: str, shardings: Params | None = None) -> Params:
+        """The (stacked) parameters that a table names, at most one of them at a time on the host."""
+        by_path: dict[tuple[str, ...], list[Entry]] = {}
+        for entry in table:
+            by_path.setdefault(entry.path, []).append(entry)
+        params: Params = {}
+        for path, entries in by_path.items():
+            shape = tuple(_leaf(shapes, path).shape)
+            read = partial(self._read_stacked, entries, shape, _dtype(dtype))
+            if shardings is None:
+                _set(params, path, jnp.asarray(read((slice(None),) * len(shape))))
+            else:
+                _set(params, path, _placed(shape, _leaf(shardings, path), read))
+        return params
+
+    def _read(self, entry: Entry, shape: tuple[int, ...], bounds: Sequence[range]) -> np.ndarray:
         """The part within `bounds` of one tensor that has this (unstacked) `shape` in the tree."""
         parts = [slice(bound.start, bound.stop) for bound in bounds]
         if entry.heads is None:
@@ -184,47 +225,18 @@ class _Tensors:
         split = read.reshape(*read.shape[:first], len(heads), size, *read.shape[first + 1 :])
         return split[(slice(None),) * (first + 1) + (inside,)]
 
-    def read_stacked(
+    def _read_stacked(
         self, entries: Sequence[Entry], shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
     ) -> np.ndarray:
         """The part `index` of a parameter of this `shape` and the given `dtype`, from the tensors it is made of."""
         bounds = [range(*part.indices(size)) for part, size in zip(index, shape, strict=True)]
         out = np.empty([len(bound) for bound in bounds], dtype)
         if entries[0].repeat is None:
-            out[...] = self.read(entries[0], shape, bounds)
+            out[...] = self._read(entries[0], shape, bounds)
         else:
             for row, repeat in enumerate(bounds[0]):
-                out[row] = self.read(entries[repeat], shape[1:], bounds[1:])
+                out[row] = self._read(entries[repeat], shape[1:], bounds[1:])
         return out
-
-
-def load_params(
-    directory: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None
-) -> Params:
-    """Stacked parameters (JAX arrays of `dtype`: float32, bfloat16, float16) from a model directory.
-
-    With `shardings`, a tree of `jax.sharding.Sharding` in the shape of the parameters, each is placed on its devices
-    and this process reads only the parts that its own devices hold. At most one parameter at a time is on the host.
-
-    Raises UsageError listing every missing, unexpected and misshaped tensor with its file, AgentArkError listing the
-    files that cannot be read. A tied model's redundant `lm_head.weight` is allowed when it equals the embedding.
-    """
-    wanted, shapes = _dtype(dtype), param_shapes(config)
-    by_path: dict[tuple[str, ...], list[Entry]] = {}
-    for entry in tensor_table(config):
-        by_path.setdefault(entry.path, []).append(entry)
-    params: Params = {}
-    with ExitStack() as stack:
-        tensors = _Tensors(Path(directory), stack)
-        _check_tensors(tensors, config, shapes)
-        for path, entries in by_path.items():
-            shape = tuple(_leaf(shapes, path).shape)
-            read = partial(tensors.read_stacked, entries, shape, wanted)
-            if shardings is None:
-                _set(params, path, jnp.asarray(read((slice(None),) * len(shape))))
-            else:
-                _set(params, path, _placed(shape, _leaf(shardings, path), read))
-    return params
 
 
 def _placed(
@@ -242,34 +254,35 @@ def _placed(
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _check_tensors(tensors: _Tensors, config: ModelConfig, shapes: Params) -> None:
-    place, problems = tensors.place, list(tensors.repeated)
-    table = tensor_table(config)
-    if config.tie_embeddings and _HEAD in place:
-        table.append(Entry(_HEAD, ("embedding",)))
-    for entry in table:
-        if entry.name not in place:
-            problems.append(f"missing {entry.name}")
-            continue
-        file, tensor = place[entry.name].name, tensors[entry.name]
-        found, shape = tuple(tensor.get_shape()), entry.file_shape(tuple(_leaf(shapes, entry.path).shape))
-        if found != shape:
-            problems.append(f"misshaped {entry.name} in {file}: {found}, expected {shape}")
-        elif tensor.get_dtype() not in ("F32", "BF16", "F16"):
-            problems.append(f"{entry.name} in {file} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
-    unexpected = sorted(set(place) - {entry.name for entry in table})
-    problems += [f"unexpected {name} in {place[name].name}" for name in unexpected]
-    if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise UsageError(f"{tensors.directory}: its tensors do not match its config.json: {shown}. Fetch it again")
-    if config.tie_embeddings and _HEAD in place:
-        for start in range(0, config.vocab_size, 8192):
-            rows = slice(start, min(start + 8192, config.vocab_size))
-            if not np.array_equal(tensors[_HEAD][rows], tensors[_EMBEDDING][rows]):
-                raise UsageError(
-                    f"{place[_HEAD]}: {_HEAD} differs from {_EMBEDDING} although config.json ties them; "
-                    "set tie_word_embeddings to false"
-                )
+def load_params(
+    directory: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None
+) -> Params:
+    """Stacked parameters (JAX arrays of `dtype`: float32, bfloat16, float16) from a model directory, without adapters.
+
+    With `shardings`, a tree of `jax.sharding.Sharding` in the shape of the parameters, each is placed on its devices
+    and this process reads only the parts that its own devices hold. At most one parameter at a time is on the host.
+
+    Raises UsageError listing every missing, unexpected and misshaped tensor with its file, AgentArkError listing the
+    files that cannot be read. A tied model's redundant `lm_head.weight` is allowed when it equals the embedding.
+    """
+    _dtype(dtype)
+    directory, table, shapes = Path(directory), tensor_table(config), param_shapes(config)
+    with Tensors(safetensors_files(directory)) as tensors:
+        copy = [Entry(_HEAD, ("embedding",))] if config.tie_embeddings and _HEAD in tensors.place else []
+        tensors.check(directory / "config.json", table + copy, shapes)
+        if copy:
+            _check_head(tensors, config.vocab_size)
+        return tensors.tree(table, shapes, dtype, shardings)
+
+
+def _check_head(tensors: Tensors, vocabulary: int) -> None:
+    for start in range(0, vocabulary, 8192):
+        rows = slice(start, min(start + 8192, vocabulary))
+        if not np.array_equal(tensors[_HEAD][rows], tensors[_EMBEDDING][rows]):
+            raise UsageError(
+                f"{tensors.place[_HEAD]}: {_HEAD} differs from {_EMBEDDING} although config.json ties them; "
+                "set tie_word_embeddings to false"
+            )
 
 
 def _dtype(name: str) -> np.dtype:
@@ -294,6 +307,10 @@ def save_pretrained(
     UsageError when `params` do not fit `config`.
     """
     wanted, directory, source_dir = _dtype(dtype), Path(directory), Path(source_dir)
+    if config.lora is not None:
+        raise UsageError(
+            f"{directory}: an adapter is not part of a model's files; merge it first, or save it by itself"
+        )
     found, expected = _shapes_by_path(params), _shapes_by_path(param_shapes(config))
     if found != expected:
         wrong = sorted(dict(found.items() ^ expected.items()))
@@ -314,6 +331,16 @@ def save_pretrained(
     return directory
 
 
+def named_tensors(params: Params, table: Sequence[Entry], dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The tensors that a table names, from stacked parameters, in their shape and `dtype` in the file."""
+    tensors = {}
+    for entry in table:
+        leaf = _leaf(params, entry.path)
+        part = np.asarray(leaf if entry.repeat is None else leaf[entry.repeat])
+        tensors[entry.name] = part.reshape(entry.file_shape(leaf.shape)).astype(dtype, copy=False)
+    return tensors
+
+
 def _write_tensors(directory: Path, config: ModelConfig, params: Params, dtype: np.dtype, max_bytes: int) -> None:
     shapes, shards, sizes = param_shapes(config), list[list[Entry]](), list[int]()
     for entry in tensor_table(config):
@@ -323,16 +350,10 @@ def _write_tensors(directory: Path, config: ModelConfig, params: Params, dtype: 
             sizes.append(0)
         shards[-1].append(entry)
         sizes[-1] += size
-
-    def tensor(entry: Entry) -> np.ndarray:
-        leaf = _leaf(params, entry.path)
-        part = np.asarray(leaf if entry.repeat is None else leaf[entry.repeat])
-        return part.reshape(entry.file_shape(leaf.shape)).astype(dtype, copy=False)
-
     count = len(shards)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
     for name, entries in zip(names, shards, strict=True):
-        save_file({entry.name: tensor(entry) for entry in entries}, directory / name, metadata={"format": "pt"})
+        save_file(named_tensors(params, entries, dtype), directory / name, metadata={"format": "pt"})
     if count > 1:
         weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
