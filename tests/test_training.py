@@ -23,9 +23,18 @@ from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.sft import sft_loss, term_totals
 from agentark_jax.records import Example
 from agentark_jax.training.checkpoint import Checkpointer
-from agentark_jax.training.config import FitConfig
+from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.loop import Memory, fit
-from agentark_jax.training.state import TrainState, initial_state, is_decayed, learning_rates, make_optimizer, partition
+from agentark_jax.training.mesh import make_mesh
+from agentark_jax.training.state import (
+    TrainState,
+    initial_state,
+    is_decayed,
+    learning_rates,
+    make_optimizer,
+    partition,
+    state_shardings,
+)
 from agentark_jax.training.step import make_evaluation, make_step
 
 MODEL = ModelConfig(
@@ -157,8 +166,10 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch():
 
 def one_step(params, config, batch):
     trainable, frozen = partition(copied(params), config.freeze)
-    state = initial_state(make_optimizer(config, 10), trainable)
-    state, metrics = make_step(config, MODEL, COEFFICIENTS, 10)(state, frozen, batch)
+    optimizer = make_optimizer(config, 10)
+    shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
+    state, metrics = make_step(config, MODEL, COEFFICIENTS, 10, shardings)(state, frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -202,8 +213,10 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
 def test_the_step_compiles_once_and_donates_its_state(params):
     data = packed_batches(EXAMPLES, seed=0, epochs=2, rows=2, row_length=24)
     trainable, frozen = partition(copied(params), [])
-    state = initial_state(make_optimizer(CONFIG, 10), trainable)
-    step = make_step(CONFIG, MODEL, COEFFICIENTS, 10)
+    optimizer = make_optimizer(CONFIG, 10)
+    shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
+    step = make_step(CONFIG, MODEL, COEFFICIENTS, 10, shardings)
     first = state.params["final_norm.weight"]
     for batch in data.iterate(0, 4):
         state, _ = step(state, frozen, batch)
@@ -293,7 +306,7 @@ def test_early_stopping(params, tmp_path):
     assert since == 3
     trainable, frozen = partition(result.params, [])
     data = packed_batches(VALIDATION, seed=0, epochs=1, rows=2, row_length=24)
-    evaluate = make_evaluation(EARLY, MODEL, {"answer": 1.0, "completion": 1.0})
+    evaluate = make_evaluation(EARLY, MODEL, {"answer": 1.0, "completion": 1.0}, make_mesh(MeshConfig()))
     sums = [evaluate(trainable, frozen, batch) for batch in data.iterate(0, len(data))]
     nll, totals = jax.tree.map(lambda *leaves: float(sum(leaves)), *sums)
     assert sum(nll[term] / totals[term] for term in nll) == pytest.approx(losses[-1], rel=1e-5)
@@ -443,7 +456,7 @@ def damage(path, how):
 def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_before(params, tmp_path, how, what):
     optimizer = make_optimizer(SHORT, 3)
     trainable, _ = partition(params, [])
-    state = initial_state(optimizer, trainable)
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
     with Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer:
         for step in (1, 2):
             state = TrainState(jnp.asarray(step, jnp.int32), state.params, state.optimizer)

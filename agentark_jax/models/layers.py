@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from agentark_jax.models.config import LayerType, ModelConfig
+from agentark_jax.models.sharding import activation, lookup
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -72,7 +73,8 @@ class Attention(nnx.Module):
             value = value + self.value_bias[...]
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, rotation), rotate(key, rotation).swapaxes(1, 2), value.swapaxes(1, 2)
+        query, key, value = rotate(query, rotation), rotate(key, rotation).swapaxes(1, 2), value.swapaxes(1, 2)
+        return activation(query, "query"), activation(key, "key"), activation(value, "value")
 
     def attend(
         self,
@@ -95,7 +97,7 @@ class Attention(nnx.Module):
         mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(batch, kv_heads, -1, span), value)
         mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         out = jnp.einsum("btf,df->btd", mixed, self.output[...].reshape(-1, mixed.shape[-1]))
-        return out + self.output_bias[...] if self.bias else out
+        return activation(out + self.output_bias[...] if self.bias else out, "attention")
 
 
 def _into_heads(x: Float[Array, "B T D"], weight: Float[Array, "N H D"]) -> Float[Array, "B T N H"]:
@@ -118,7 +120,7 @@ class MLP(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gate, up = jnp.einsum("btd,fd->btf", x, self.gate[...]), jnp.einsum("btd,fd->btf", x, self.up[...])
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return jnp.einsum("btf,df->btd", gate * up, self.down[...])
+        return activation(jnp.einsum("btf,df->btd", activation(gate * up, "inner"), self.down[...]), "mlp")
 
 
 class Block(nnx.Module):
@@ -155,7 +157,7 @@ class Block(nnx.Module):
         x = x + (self.post_attention_norm(mixed) if self.sandwich else mixed)
         fed = self.mlp(self.mlp_norm(x))
         x = x + (self.post_mlp_norm(fed) if self.sandwich else fed)
-        return x, {"k": key, "v": value}
+        return activation(x, "residual"), {"k": key, "v": value}
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
@@ -208,7 +210,7 @@ def causal_masks(
 
 def embed(config: ModelConfig, embedding: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of the embedding times the model's embedding scale."""
-    x = embedding[ids]
+    x = lookup(embedding, ids)
     return x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 

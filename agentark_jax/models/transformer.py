@@ -32,6 +32,7 @@ from agentark_jax.models.layers import (
     normal_param,
     rotation_table,
 )
+from agentark_jax.models.sharding import activation
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -69,7 +70,7 @@ class Transformer(nnx.Module):
                 x, _ = block(x, rotations, masks)
             return x, None
 
-        x = embed(self.config, self.embedding[...], ids)
+        x = activation(embed(self.config, self.embedding[...], ids), "residual")
         x, _ = jax.lax.scan(jax.checkpoint(repetition) if remat else repetition, x, stacked)
         for block in self.rest.values():
             x, _ = block(x, rotations, masks)

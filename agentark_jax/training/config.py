@@ -8,8 +8,43 @@ from agentark_jax.errors import UsageError
 
 Schedule = Literal["cosine", "linear", "constant"]
 
-# They decide what is kept on disk and when, not what is computed: a resumed run may change them.
-BOOKKEEPING = ("checkpoint_every", "keep")
+# They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
+BOOKKEEPING = ("checkpoint_every", "keep", "mesh")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are divided; the product of the three is their number. One of them may be -1: the rest.
+
+    Args:
+        data: groups of devices, each with a copy of the parameters and with rows of its own.
+        fsdp: devices of a group that divide its parameters, its optimizer state and its rows among them.
+        tensor: devices that divide heads, inner MLP sizes and vocabulary, and work on the same rows.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for key, size in asdict(self).items():
+            if size != -1 and size < 1:
+                raise UsageError(f"mesh.{key}: {size} is not possible; it must be at least 1, or -1 for the rest")
+        if list(asdict(self).values()).count(-1) > 1:
+            raise UsageError("mesh: only one of data, fsdp and tensor can be -1, the rest of the devices")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of every mesh axis. Raises UsageError when they do not make up `devices`."""
+        wanted = asdict(self)
+        given = math.prod(size for size in wanted.values() if size != -1)
+        sizes = {axis: devices // given if size == -1 else size for axis, size in wanted.items()}
+        if math.prod(sizes.values()) != devices:
+            asked = " × ".join(f"{axis} {size}" for axis, size in wanted.items())
+            raise UsageError(
+                f"mesh: {asked} does not make up the {devices} devices that are here; set data, fsdp and tensor so "
+                f"that their product is {devices}, one of them -1 for the rest"
+            )
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -35,6 +70,7 @@ class FitConfig:
         patience: stop after this many evaluations in a row without improvement; null for never.
         min_improvement: by how much the validation loss must fall below its best to count as an improvement.
         remat: recompute activations in the backward pass, to save memory.
+        mesh: how the devices are divided; changes no result beyond the order of floating-point sums.
     """
 
     learning_rate: float = 3e-5
@@ -55,6 +91,7 @@ class FitConfig:
     patience: int | None = None
     min_improvement: float = 0.0
     remat: bool = False
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):

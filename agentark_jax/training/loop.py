@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
@@ -20,8 +22,18 @@ from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Example, ids_hash, stable_hash
 from agentark_jax.training.checkpoint import Checkpointer
 from agentark_jax.training.config import FitConfig
+from agentark_jax.training.mesh import check_mesh, local_rows, make_mesh, place_batch, place_params
 from agentark_jax.training.metrics import MetricsLog
-from agentark_jax.training.state import FlatParams, TrainState, initial_state, make_optimizer, merge, partition
+from agentark_jax.training.state import (
+    FlatParams,
+    Shardings,
+    TrainState,
+    initial_state,
+    make_optimizer,
+    merge,
+    partition,
+    state_shardings,
+)
 from agentark_jax.training.step import make_evaluation, make_step
 
 Progress = Callable[[int, int, int], None]
@@ -98,13 +110,19 @@ def fit(
     Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
     there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
     parameters; config, examples and seed are added here. `progress(steps done, steps in all, tokens)` is called after
-    every step. SIGTERM saves and raises SystemExit(143).
+    every step. With several processes each calls this with the same arguments, `directory` on a disk that all share,
+    and reads only its rows of each batch; the result is spread over their devices. SIGTERM saves and raises
+    SystemExit(143).
 
-    Raises UsageError for examples longer than a row, unknown names in `freeze` or `coefficients`, and an `eval_every`
-    without `validation`; AgentArkError for a loss or gradient that is not finite, unusable examples, a damaged
-    checkpoint or one of another fit, and a directory that cannot be written.
+    Raises UsageError for examples longer than a row, unknown names in `freeze` or `coefficients`, an `eval_every`
+    without `validation`, and a mesh over which devices, parameters or rows do not divide; AgentArkError for a loss or
+    gradient that is not finite, unusable examples, a damaged checkpoint or one of another fit, and a directory that
+    cannot be written.
     """
     started = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    trainable, frozen = partition(params, config.freeze)
+    check_mesh(mesh, model_config, {**trainable, **frozen}, config.rows, config.accumulation)
     terms = term_names([*examples, *(validation or ())])
     for term in config.coefficients:
         if term not in terms:
@@ -119,9 +137,9 @@ def fit(
         validation_data = packed_batches(validation, seed=seed, epochs=1, **shape)
     steps = len(data) if config.steps is None else min(len(data), config.steps)
 
-    trainable, frozen = partition(params, config.freeze)
-    frozen = jax.device_put(frozen)
+    frozen = place_params(mesh, frozen, donate=False)
     optimizer = make_optimizer(config, steps)
+    shardings = state_shardings(mesh, optimizer, trainable)
     identity = {
         **{f"fit.{key}": value for key, value in config.fingerprint().items()},
         "model_config": stable_hash(asdict(model_config)),
@@ -132,15 +150,17 @@ def fit(
     }
     memory = Memory()
     with Checkpointer(directory / "checkpoints", identity, config.keep) as checkpointer:
-        restored = checkpointer.restore(_like(trainable, optimizer))
+        restored = checkpointer.restore(_like(trainable, optimizer, shardings))
         if restored is None:
-            state = initial_state(optimizer, trainable)
+            state = initial_state(mesh, optimizer, trainable)
         else:
             state, memory = restored[0], Memory.from_json(restored[1])
             for leaf in trainable.values():
                 leaf.delete()
         if int(state.step) < steps and not memory.stopped_early:
-            run = _Run(config, model_config, coefficients, steps, data, validation_data, frozen, progress)
+            run = _Run(
+                config, model_config, coefficients, steps, mesh, shardings, data, validation_data, frozen, progress
+            )
             state = run.go(state, memory, checkpointer, directory, started)
     return FitResult(
         params=merge(state.params, frozen),
@@ -165,11 +185,14 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _like(trainable: FlatParams, optimizer: Any) -> TrainState:
+def _like(trainable: FlatParams, optimizer: Any, shardings: Shardings) -> TrainState:
     """Shapes, dtypes and placement of the state, without its memory."""
-    shapes = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    shapes = jax.eval_shape(
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), trainable
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 @contextmanager
@@ -194,6 +217,8 @@ class _Run:
     model: ModelConfig
     coefficients: Mapping[str, float]
     steps: int
+    mesh: Mesh
+    shardings: Shardings
     data: PackedBatches
     validation: PackedBatches | None
     frozen: FlatParams
@@ -203,12 +228,12 @@ class _Run:
         self, state: TrainState, memory: Memory, checkpointer: Checkpointer, directory: Path, started: float
     ) -> TrainState:
         """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
-        step = make_step(self.config, self.model, self.coefficients, self.steps)
-        evaluate = make_evaluation(self.config, self.model, self.coefficients)
+        step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings)
+        evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh)
         first, before = int(state.step), memory.seconds
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
         with MetricsLog(directory, first) as log, _sigterm() as terminated:
-            for number, batch in enumerate(self.data.iterate(first, self.steps), first + 1):
+            for number, batch in enumerate(self._batches(self.data, first, self.steps), first + 1):
                 state, metrics = step(state, self.frozen, batch)
                 if late is not None:
                     log.write(self._account(*late, memory, checkpointer))
@@ -234,6 +259,12 @@ class _Run:
                     break
         return state
 
+    def _batches(self, data: PackedBatches, start: int, stop: int) -> Iterator[Any]:
+        """Batches on the mesh, of each of which this process reads its own rows only."""
+        rows = self.config.rows
+        for batch in data.iterate(start, stop, local_rows(self.mesh, rows)):
+            yield place_batch(self.mesh, batch, rows)
+
     def _account(
         self, number: int, metrics: Mapping[str, Any], memory: Memory, checkpointer: Checkpointer
     ) -> dict[str, float]:
@@ -258,7 +289,7 @@ class _Run:
         """Σ coefficient · Σ weight·nll / Σ weight over all validation examples."""
         assert self.validation is not None
         sums, totals = dict.fromkeys(self.coefficients, 0.0), dict.fromkeys(self.coefficients, 0.0)
-        for batch in self.validation.iterate(0, len(self.validation)):
+        for batch in self._batches(self.validation, 0, len(self.validation)):
             batch_sums, batch_totals = jax.device_get(evaluate(params, self.frozen, batch))
             for term in self.coefficients:
                 sums[term] += float(batch_sums[term])
