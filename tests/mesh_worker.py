@@ -1,10 +1,13 @@
-"""What test_mesh.py runs in processes of their own: `python mesh_worker.py eight|two directory [process port]`.
+"""What test_mesh.py runs in processes of their own: `python mesh_worker.py eight|two directory`.
 
 Results are written as npz and JSON below the directory; nothing is asserted here.
 """
 
 import json
+import os
+import signal
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import test_training as t
 from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
+from agentark_jax.training import distributed
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import local_rows, make_mesh, place_batch, place_params
@@ -71,13 +75,13 @@ class Interrupted(Exception):
     pass
 
 
-def run(directory, mesh, interrupted=False):
+def interrupt(done, total, tokens):
+    if done >= INTERRUPTED_AT:
+        raise Interrupted
+
+
+def run(directory, mesh, progress=None):
     """One fit; its history and parameters, whole, or None if it is interrupted."""
-
-    def progress(done, total, tokens):
-        if interrupted and done >= INTERRUPTED_AT:
-            raise Interrupted
-
     config = replace(CONFIG, mesh=MeshConfig(*mesh))
     arguments = {"seed": 7, "fingerprint": {"model": "tiny"}, "directory": directory, "progress": progress}
     try:
@@ -102,14 +106,29 @@ def eight(directory):
     total, held = state_bytes()
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))
     np.savez(directory / "whole.npz", **run(directory / "whole", (2, 2, 2)))
-    run(directory / "same", (2, 2, 2), interrupted=True)
+    run(directory / "same", (2, 2, 2), interrupt)
     np.savez(directory / "same.npz", **run(directory / "same", (2, 2, 2)))
     for name in ("to_one", "to_two"):
-        run(directory / name, (1, 8, 1), interrupted=True)
+        run(directory / name, (1, 8, 1), interrupt)
 
 
-def two(directory, process, port):
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=process)
+def terminated(directory):
+    """The exit code of a fit in which one of the processes gets SIGTERM."""
+
+    def progress(done, total, tokens):
+        if done == 2 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if done >= 2:
+            time.sleep(0.5)  # the others must hear of it before the last step
+
+    try:
+        run(directory, (1, 4, 1), progress)
+    except SystemExit as stop:
+        return stop.code
+
+
+def two(directory):
+    distributed.initialize()
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
     packed = []
     original = loader.pack_row
@@ -122,15 +141,11 @@ def two(directory, process, port):
     found = run(directory / "two", (2, 2, 1))
     read = len(packed)
     resumed = run(directory / "to_two", (1, 2, 2))
-    if process == 0:
+    if jax.process_index() == 0:
         np.savez(directory / "two.npz", rows_read=read, **found)
         np.savez(directory / "to_two.npz", **resumed)
-    multihost_utils.sync_global_devices("written")
+    sys.exit(terminated(directory / "terminated"))
 
 
 if __name__ == "__main__":
-    what, where, *rest = sys.argv[1:]
-    if what == "eight":
-        eight(Path(where))
-    else:
-        two(Path(where), *map(int, rest))
+    {"eight": eight, "two": two}[sys.argv[1]](Path(sys.argv[2]))

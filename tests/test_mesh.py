@@ -17,15 +17,17 @@ from jax.sharding import AbstractMesh
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.sharding import parameter_sharding
 from agentark_jax.training.config import MeshConfig
+from agentark_jax.training.distributed import cluster
 from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import check_mesh, make_mesh
 from agentark_jax.training.state import partition
 
 
-def start(devices, cache, *arguments):
+def start(devices, cache, *arguments, **variables):
     here = Path(__file__).resolve()
     environment = {
         **os.environ,
+        **variables,
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
@@ -36,10 +38,10 @@ def start(devices, cache, *arguments):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def finish(*children):
+def finish(*children, code=0):
     outputs = [child.communicate(timeout=300)[0] for child in children]
     for child, output in zip(children, outputs, strict=True):
-        assert child.returncode == 0, output
+        assert child.returncode == code, output
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,12 @@ def two(eight) -> Path:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    finish(*(start(2, eight / f"compiled{process}", "two", eight, process, port) for process in range(2)))
+    several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    children = [
+        start(2, eight / f"compiled{process}", "two", eight, **several, JAX_PROCESS_ID=str(process))
+        for process in range(2)
+    ]
+    finish(*children, code=143)  # the last fit is one that is terminated
     return eight
 
 
@@ -107,6 +114,25 @@ def test_resumed_on_another_mesh_and_on_another_number_of_processes(two, one):
     assert (two / "to_one" / "checkpoints" / "4").is_dir()  # where eight devices were interrupted
     assert_equal_up_to(worker.run(two / "to_one", (1, 1, 1)), one, 1e-5)
     assert_equal_up_to(np.load(two / "to_two.npz"), one, 1e-5)
+
+
+def test_sigterm_to_one_of_two_processes_stops_both_after_the_same_step(two):
+    steps = [json.loads(line)["step"] for line in (two / "terminated" / "metrics.jsonl").read_text().splitlines()]
+    assert 2 <= steps[-1] < len(np.load(two / "two.npz")["history"])
+    assert (two / "terminated" / "checkpoints" / str(steps[-1])).is_dir()
+
+
+def test_what_the_environment_says_about_other_processes():
+    assert cluster({}) is None
+    explicit = {"JAX_COORDINATOR_ADDRESS": "host:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}
+    assert cluster(explicit) == "explicit"
+    with pytest.raises(UsageError, match="sets JAX_COORDINATOR_ADDRESS but not JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
+        cluster({"JAX_COORDINATOR_ADDRESS": "host:1"})
+    assert cluster({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"}) == "slurm"
+    assert cluster({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None
+    assert cluster({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}) == "tpu"
+    assert cluster({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    assert cluster({"MEGASCALE_COORDINATOR_ADDRESS": "a"}) == "tpu"
 
 
 def sizes(data, fsdp, tensor):

@@ -177,10 +177,32 @@ def test_a_step_with_accumulation_or_remat_equals_one_without(params):
     batch = next(packed_batches(EXAMPLES, seed=0, epochs=1, rows=6, row_length=24).iterate(0, 1))
     # Adam's first update is little more than a sign, so gradients are compared through Adam's first moment instead.
     whole, metrics = one_step(params, replace(CONFIG, rows=6), batch)
-    other, other_metrics = one_step(params, replace(CONFIG, rows=6, accumulation=3, remat=True), batch)
+    other, other_metrics = one_step(params, replace(CONFIG, rows=6, accumulation=3, remat="full"), batch)
     moments, other_moments = (optax.tree.get(state.optimizer, "mu") for state in (whole, other))
     assert_relative(other_moments, moments)
     assert_relative(other_metrics, metrics)
+
+
+def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(params):
+    batch = next(packed_batches(EXAMPLES, seed=0, epochs=1, rows=6, row_length=24).iterate(0, 1))
+    exact, metrics = one_step(params, replace(CONFIG, rows=6), batch)
+    rough, rough_metrics = one_step(params, replace(CONFIG, rows=6, compute_dtype="bfloat16"), batch)
+    moments, rough_moments = (optax.tree.get(state.optimizer, "mu") for state in (exact, rough))
+    assert all(leaf.dtype == jnp.float32 for leaf in rough_moments.values())
+    assert rough_metrics["loss"] != metrics["loss"]  # or nothing was computed in bfloat16
+    assert rough_metrics["loss"] == pytest.approx(metrics["loss"], rel=0.01)
+    assert rough_metrics["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=0.05)
+    for path, moment in moments.items():
+        difference = np.linalg.norm(rough_moments[path] - moment) / np.linalg.norm(moment)
+        assert difference < 0.1, path
+
+    def gradients(dtype):
+        def loss(params):
+            return sft_loss(MODEL, params, batch, term_totals(batch), COEFFICIENTS, dtype=dtype)[0]
+
+        return jax.eval_shape(jax.grad(loss), params)
+
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients("bfloat16")))
 
 
 def test_gradient_reach_and_frozen_parameters(params, tmp_path):
@@ -423,6 +445,12 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(params, tmp_path):
     with pytest.raises(AgentArkError, match=r"step 1: the loss is nan .*questions q\d.*no checkpoint yet") as caught:
         run_fit(tmp_path, poisoned, replace(SHORT, checkpoint_every=1))
     assert caught.value.exit_code == 1
+    with np.load(tmp_path / "not_finite_step_1.npz") as dumped:
+        data = packed_batches(EXAMPLES, seed=7, epochs=2, rows=2, row_length=24)
+        expected = next(data.iterate(0, 1))
+        np.testing.assert_array_equal(dumped["ids"], expected["ids"])
+        np.testing.assert_array_equal(dumped["weights.answer"], expected["weights"]["answer"])
+        assert str(tmp_path / "not_finite_step_1.npz") in str(caught.value)
     with Checkpointer(tmp_path / "checkpoints", {}, 2) as checkpointer:
         assert checkpointer.latest is None
 
@@ -535,6 +563,8 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"patience": 2}, "patience: 2 .*eval_every"),
         ({"warmup_fraction": 1.0}, "warmup_fraction: 1.0"),
         ({"steps": 0}, "steps: 0"),
+        ({"remat": True}, "remat: True .* one of none, outputs, full"),
+        ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
         ({"coefficients": {"completion": float("inf")}}, r"coefficients\.completion: inf"),
     ],
 )

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from agentark_jax.errors import UsageError
 
 LayerType = Literal["full_attention", "sliding_attention"]
+# What the backward pass recomputes: nothing; all but the outputs of attention and MLPs; all but the layers' inputs.
+Remat = Literal["none", "outputs", "full"]
 Activation = Literal["silu", "gelu_tanh"]
 
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -70,8 +70,9 @@ def chunked_nll(
     """Σ coefficients[n]·nll[n] over the tokens of `mask`, and their nll (nats; 0 outside of `mask`).
 
     The sum is differentiable with respect to `hidden` and `unembedding` (whose gradient is computed only if it is
-    asked for) and to nothing else; the per-token nll carries no gradient. Equals the dense computation up to the order
-    of floating-point sums. `chunk_bytes` bounds the fp32 logits that exist at once, on each device of a mesh.
+    asked for, and has its own dtype: an fp32 head beside bf16 hidden states is multiplied in bf16) and to nothing else;
+    the per-token nll carries no gradient. Equals the dense computation up to the order of floating-point sums.
+    `chunk_bytes` bounds the fp32 logits that exist at once, on each device of a mesh.
     """
     mesh = traced_mesh()
     tokens, vocabulary = (
@@ -133,6 +134,24 @@ def _scan_chunks(
     wanted: tuple[bool, bool],
 ) -> tuple[Array, Array, Array | None, Array | None]:
     """(Σ c·nll, nll [N], d/d hidden or None, d/d unembedding or None), each device of the mesh with its own tokens."""
+    head = unembedding.astype(hidden.dtype)
+    inputs = (soft_cap, rows, hidden, head, targets, coefficients, mask, wanted)
+    total, nll, hidden_gradient, head_gradient = _scan_sharded(*inputs)
+    if head_gradient is not None:
+        head_gradient = head_gradient.astype(unembedding.dtype)
+    return total, nll, hidden_gradient, head_gradient
+
+
+def _scan_sharded(
+    soft_cap: float | None,
+    rows: int,
+    hidden: Array,
+    unembedding: Array,
+    targets: Array,
+    coefficients: Array,
+    mask: Array,
+    wanted: tuple[bool, bool],
+) -> tuple[Array, Array, Array | None, Array | None]:
     mesh = traced_mesh()
     if mesh is None:
         return _scan_local(soft_cap, rows, hidden, unembedding, targets, coefficients, mask, wanted)
@@ -216,10 +235,7 @@ def _scan_local(
         _varying(jnp.zeros(hidden.shape, hidden.dtype), token_axes) if wanted[0] else None,
         _varying(jnp.zeros(head.shape, jnp.float32), token_axes + vocabulary_axes) if wanted[1] else None,
     )
-    total, nll, hidden_gradient, head_gradient = jax.lax.fori_loop(0, chunks, body, start)
-    if head_gradient is not None:
-        head_gradient = head_gradient.astype(unembedding.dtype)
-    return total, nll, hidden_gradient, head_gradient
+    return jax.lax.fori_loop(0, chunks, body, start)
 
 
 def _varying(x: Array, axes: Axes) -> Array:

@@ -5,8 +5,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import UsageError
+from agentark_jax.models.config import Remat
 
 Schedule = Literal["cosine", "linear", "constant"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
 # They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
 BOOKKEEPING = ("checkpoint_every", "keep", "mesh")
@@ -69,7 +71,10 @@ class FitConfig:
         eval_every: steps between evaluations on the validation set; null for none.
         patience: stop after this many evaluations in a row without improvement; null for never.
         min_improvement: by how much the validation loss must fall below its best to count as an improvement.
-        remat: recompute activations in the backward pass, to save memory.
+        remat: what the backward pass recomputes to save memory: none; outputs, all but the outputs of attention and
+            MLPs; or full, all but the inputs of the layers.
+        compute_dtype: in what the network computes: float32 or bfloat16. Parameters, optimizer state, gradients, norms,
+            softmax and loss are float32 either way.
         mesh: how the devices are divided; changes no result beyond the order of floating-point sums.
     """
 
@@ -90,7 +95,8 @@ class FitConfig:
     eval_every: int | None = None
     patience: int | None = None
     min_improvement: float = 0.0
-    remat: bool = False
+    remat: Remat = "none"
+    compute_dtype: ComputeDtype = "float32"
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -108,7 +114,9 @@ class FitConfig:
         for term, value in self.coefficients.items():
             _require(math.isfinite(value), f"coefficients.{term}", value, "a finite number")
         _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "at least 0 and below 1")
-        _require(self.schedule in get_args(Schedule), "schedule", self.schedule, f"one of {get_args(Schedule)}")
+        for key, choices in (("schedule", Schedule), ("remat", Remat), ("compute_dtype", ComputeDtype)):
+            value, allowed = getattr(self, key), get_args(choices)
+            _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
         _require(
             self.rows % self.accumulation == 0, "accumulation", self.accumulation, f"a divisor of rows ({self.rows})"
         )

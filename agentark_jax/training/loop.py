@@ -14,10 +14,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import atomic_path
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Example, ids_hash, stable_hash
 from agentark_jax.training.checkpoint import Checkpointer
@@ -159,9 +162,19 @@ def fit(
                 leaf.delete()
         if int(state.step) < steps and not memory.stopped_early:
             run = _Run(
-                config, model_config, coefficients, steps, mesh, shardings, data, validation_data, frozen, progress
+                config,
+                model_config,
+                directory,
+                coefficients,
+                steps,
+                mesh,
+                shardings,
+                data,
+                validation_data,
+                frozen,
+                progress,
             )
-            state = run.go(state, memory, checkpointer, directory, started)
+            state = run.go(state, memory, checkpointer, started)
     return FitResult(
         params=merge(state.params, frozen),
         steps=int(state.step),
@@ -196,15 +209,22 @@ def _like(trainable: FlatParams, optimizer: Any, shardings: Shardings) -> TrainS
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside of the main thread Python cannot handle signals and it stays unset."""
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step because SIGTERM came; every step has to ask.
+
+    With several processes JAX itself handles the signal: the one that gets it makes all of them stop after the same
+    step. Outside of the main thread Python cannot handle signals and nothing ever stops.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield lambda step: False
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
     try:
-        yield received
+        yield lambda step: received.is_set()
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -215,6 +235,7 @@ class _Run:
 
     config: FitConfig
     model: ModelConfig
+    directory: Path
     coefficients: Mapping[str, float]
     steps: int
     mesh: Mesh
@@ -224,24 +245,23 @@ class _Run:
     frozen: FlatParams
     progress: Progress | None
 
-    def go(
-        self, state: TrainState, memory: Memory, checkpointer: Checkpointer, directory: Path, started: float
-    ) -> TrainState:
+    def go(self, state: TrainState, memory: Memory, checkpointer: Checkpointer, started: float) -> TrainState:
         """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
         step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings)
         evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh)
         first, before = int(state.step), memory.seconds
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
-        with MetricsLog(directory, first) as log, _sigterm() as terminated:
+        with MetricsLog(self.directory, first) as log, _sigterm() as terminates:
             for number, batch in enumerate(self._batches(self.data, first, self.steps), first + 1):
                 state, metrics = step(state, self.frozen, batch)
                 if late is not None:
                     log.write(self._account(*late, memory, checkpointer))
                 late = (number, metrics)
                 last = number == self.steps
+                stops = terminates(number)
                 evaluates = self.validation is not None and (number % (self.config.eval_every or 1) == 0 or last)
                 saves = number % self.config.checkpoint_every == 0 or last
-                if not (evaluates or saves or terminated.is_set()):
+                if not (evaluates or saves or stops):
                     continue
                 record = self._account(*late, memory, checkpointer)
                 late = None
@@ -250,7 +270,6 @@ class _Run:
                     memory.note_validation(number, record["validation_loss"], self.config)
                 log.write(record)
                 memory.seconds = before + time.monotonic() - started
-                stops = terminated.is_set()
                 if saves or memory.stopped_early or stops:
                     checkpointer.save(state, memory.to_json())
                 if stops:
@@ -273,10 +292,11 @@ class _Run:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             saved = checkpointer.latest
             kept = "there is no checkpoint yet" if saved is None else f"the last checkpoint is that of step {saved}"
+            dump = self._dump(number)
             raise AgentArkError(
                 f"step {number}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the "
-                f"batch has the questions {', '.join(self.data.question_ids(number - 1))}. Nothing of this step was "
-                f"saved ({kept} in {checkpointer.directory}). Look at these examples, or lower learning_rate"
+                f"batch has the questions {', '.join(self.data.question_ids(number - 1))} and is in {dump}. Nothing of "
+                f"this step was saved ({kept} in {checkpointer.directory}). Look at the batch, or lower learning_rate"
             )
         memory.tokens += int(values["tokens"])
         memory.loss_tokens += int(values["loss_tokens"])
@@ -284,6 +304,14 @@ class _Run:
         if self.progress is not None:
             self.progress(number, self.steps, memory.tokens)
         return {"step": number, **dict(sorted(values.items()))}
+
+    def _dump(self, number: int) -> Path:
+        """Writes the whole batch of a step for inspection: `ids`, `positions`, `segment_ids` and `weights.<term>`."""
+        path = self.directory / f"not_finite_step_{number}.npz"
+        if jax.process_index() == 0:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **flatten_dict(self.data.batch(number - 1), sep="."))
+        return path
 
     def _validate(self, evaluate: Callable[..., Any], params: FlatParams, number: int) -> float:
         """Σ coefficient · Σ weight·nll / Σ weight over all validation examples."""

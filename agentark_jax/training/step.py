@@ -36,7 +36,8 @@ def make_step(
     mesh = shardings.step.mesh
 
     def loss(trainable: FlatParams, frozen: FlatParams, batch: Any, totals: Any) -> tuple[Array, Metrics]:
-        return sft_loss(model, merge(trainable, frozen), batch, totals, coefficients, remat=config.remat)
+        params = merge(trainable, frozen)
+        return sft_loss(model, params, batch, totals, coefficients, remat=config.remat, dtype=config.compute_dtype)
 
     def step(state: TrainState, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         totals = term_totals(batch)
@@ -62,7 +63,8 @@ def make_evaluation(config: FitConfig, model: ModelConfig, coefficients: Mapping
     def evaluate(trainable: FlatParams, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[Metrics, Metrics]:
         def summed_nll(micro: Mapping[str, Any]) -> Metrics:
             ones = {term: jnp.ones(()) for term in coefficients}
-            _, metrics = sft_loss(model, merge(trainable, frozen), micro, ones, coefficients)
+            params = merge(trainable, frozen)
+            _, metrics = sft_loss(model, params, micro, ones, coefficients, dtype=config.compute_dtype)
             return {term: metrics[f"nll/{term}"] for term in coefficients}
 
         return _summed(summed_nll, batch, config.accumulation), term_totals(batch)
