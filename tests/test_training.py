@@ -22,7 +22,7 @@ from agentark_jax.models.config import ModelConfig, Rope
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.sft import sft_loss, term_totals
 from agentark_jax.records import Example
-from agentark_jax.training.checkpoint import Checkpointer
+from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.loop import Memory, fit
 from agentark_jax.training.mesh import make_mesh
@@ -224,7 +224,7 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
     assert set(frozen) == {"embedding", *(f"scanned.00.mlp.{name}" for name in ("gate", "up", "down"))}
     for path, leaf in trainable.items():
         assert np.any(np.asarray(leaf) != original[path]), path
-    with Checkpointer(tmp_path / "checkpoints", {}, 1) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(1)) as checkpointer:
         saved = json.loads((tmp_path / "checkpoints" / str(checkpointer.latest) / "record" / "metadata").read_text())
     assert saved["step"] == 4
     stored = (tmp_path / "checkpoints" / "4" / "state" / "_METADATA").read_text()
@@ -408,7 +408,7 @@ def test_sigterm_saves_and_exits_with_143(params, tmp_path):
     child.send_signal(signal.SIGTERM)
     output, _ = child.communicate()
     assert child.returncode == 143
-    with Checkpointer(tmp_path / "checkpoints", {}, 2) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(2)) as checkpointer:
         assert checkpointer.latest is not None
         assert checkpointer.latest >= 3
         assert str(checkpointer.latest) == (["3", *output.split()])[-1]  # not one step after the last one was lost
@@ -432,6 +432,31 @@ def test_early_stop_state_is_resumed(params, tmp_path):
     assert_identical(resumed.params, whole.params)
 
 
+def kept(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+
+
+def test_retention_keeps_the_newest_the_best_and_every_so_many(params, tmp_path):
+    config = replace(EARLY, epochs=4, patience=None, keep=1, keep_every=4, keep_best=True, checkpoint_every=3)
+    result = run_fit(tmp_path / "sync", params, config, validation=VALIDATION)
+    best = min(result.validation_history, key=lambda entry: entry[1])[0]
+    assert kept(tmp_path / "sync") == sorted({*range(4, result.steps + 1, 4), best, result.steps})
+
+    interrupted = tmp_path / "async"
+    config = replace(config, checkpoint_async=True)
+
+    def die(done, total, tokens):
+        if done == 7:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_fit(interrupted, params, config, validation=VALIDATION, progress=die)
+    resumed = run_fit(interrupted, params, config, validation=VALIDATION)
+    assert kept(interrupted) == kept(tmp_path / "sync")
+    assert_identical(resumed.params, result.params)
+    assert (resumed.history, resumed.validation_history) == (result.history, result.validation_history)
+
+
 def test_memory_survives_json():
     memory = Memory(tokens=3, history=[(1, 0.1 + 0.2)], validation_history=[(1, 1.0)])
     assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
@@ -451,7 +476,7 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(params, tmp_path):
         np.testing.assert_array_equal(dumped["ids"], expected["ids"])
         np.testing.assert_array_equal(dumped["weights.answer"], expected["weights"]["answer"])
         assert str(tmp_path / "not_finite_step_1.npz") in str(caught.value)
-    with Checkpointer(tmp_path / "checkpoints", {}, 2) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(2)) as checkpointer:
         assert checkpointer.latest is None
 
 
@@ -485,7 +510,7 @@ def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_b
     optimizer = make_optimizer(SHORT, 3)
     trainable, _ = partition(params, [])
     state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
-    with Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer:
+    with Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer:
         for step in (1, 2):
             state = TrainState(jnp.asarray(step, jnp.int32), state.params, state.optimizer)
             checkpointer.save(state, {"note": step})
@@ -493,12 +518,12 @@ def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_b
     files = [path for path in (place / "state").rglob("*") if path.is_file() and path.parent.name == "d"]
     damage(place / what if what != "state/data" else max(files, key=lambda path: path.stat().st_size), how)
     with (
-        Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer,
+        Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer,
         pytest.raises(AgentArkError, match=r"2: the checkpoint is damaged .*delete this directory"),
     ):
         checkpointer.restore(state)
     subprocess.run(["rm", "-r", str(place)], check=True)
-    with Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer:
+    with Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer:
         restored, memory = checkpointer.restore(state)
     assert memory == {"note": 1}
     assert_identical(restored.params, state.params)
@@ -561,6 +586,8 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"rows": 4, "accumulation": 3}, r"accumulation: 3 .* divisor of rows \(4\)"),
         ({"schedule": "step"}, "schedule: 'step'"),
         ({"patience": 2}, "patience: 2 .*eval_every"),
+        ({"keep_best": True}, "keep_best: True .*eval_every"),
+        ({"keep_every": 0}, "keep_every: 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction: 1.0"),
         ({"steps": 0}, "steps: 0"),
         ({"remat": True}, "remat: True .* one of none, outputs, full"),

@@ -11,7 +11,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 # They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
-BOOKKEEPING = ("checkpoint_every", "keep", "mesh")
+BOOKKEEPING = ("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async", "mesh")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,10 @@ class FitConfig:
         freeze: parameters that stay as they are: top-level names or dotted paths, such as [embedding].
         coefficients: factor of each named loss term; a term that is not named has 1.
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        keep: how many checkpoints stay on disk.
+        keep: how many of the newest checkpoints stay on disk.
+        keep_every: also keep the checkpoints of all multiples of this number of steps; null for none.
+        keep_best: also keep a checkpoint of the step with the lowest validation loss; needs eval_every.
+        checkpoint_async: write checkpoints while training goes on; needs memory for a second copy of the state.
         eval_every: steps between evaluations on the validation set; null for none.
         patience: stop after this many evaluations in a row without improvement; null for never.
         min_improvement: by how much the validation loss must fall below its best to count as an improvement.
@@ -92,6 +95,9 @@ class FitConfig:
     coefficients: dict[str, float] = field(default_factory=dict)
     checkpoint_every: int = 50
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+    checkpoint_async: bool = False
     eval_every: int | None = None
     patience: int | None = None
     min_improvement: float = 0.0
@@ -102,7 +108,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("steps", "eval_every", "patience"):
+        for key in ("steps", "eval_every", "patience", "keep_every"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "at least 1, or null")
         for key in ("learning_rate", "clip_norm"):
@@ -125,6 +131,13 @@ class FitConfig:
             "patience",
             self.patience,
             "null when eval_every is null; set eval_every to stop early",
+        )
+
+        _require(
+            not self.keep_best or self.eval_every is not None,
+            "keep_best",
+            self.keep_best,
+            "false when eval_every is null; set eval_every to know which is best",
         )
 
     def fingerprint(self) -> dict[str, Any]:

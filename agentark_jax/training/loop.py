@@ -23,7 +23,7 @@ from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import atomic_path
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Example, ids_hash, stable_hash
-from agentark_jax.training.checkpoint import Checkpointer
+from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, local_rows, make_mesh, place_batch, place_params
 from agentark_jax.training.metrics import MetricsLog
@@ -82,6 +82,11 @@ class Memory:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "best": None if math.isinf(self.best) else self.best}
+
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, the first of several."""
+        return min(self.validation_history, key=lambda entry: entry[1])[0] if self.validation_history else None
 
     def note_validation(self, step: int, loss: float, config: FitConfig) -> None:
         """Records an evaluation and decides whether the fit stops early."""
@@ -152,7 +157,8 @@ def fit(
         **fingerprint,
     }
     memory = Memory()
-    with Checkpointer(directory / "checkpoints", identity, config.keep) as checkpointer:
+    retention = Retention(config.keep, config.keep_every)
+    with Checkpointer(directory / "checkpoints", identity, retention, config.checkpoint_async) as checkpointer:
         restored = checkpointer.restore(_like(trainable, optimizer, shardings))
         if restored is None:
             state = initial_state(mesh, optimizer, trainable)
@@ -260,7 +266,10 @@ class _Run:
                 last = number == self.steps
                 stops = terminates(number)
                 evaluates = self.validation is not None and (number % (self.config.eval_every or 1) == 0 or last)
-                saves = number % self.config.checkpoint_every == 0 or last
+                saves = last or any(
+                    every is not None and number % every == 0
+                    for every in (self.config.checkpoint_every, self.config.keep_every)
+                )
                 if not (evaluates or saves or stops):
                     continue
                 record = self._account(*late, memory, checkpointer)
@@ -268,10 +277,11 @@ class _Run:
                 if evaluates:
                     record["validation_loss"] = self._validate(evaluate, state.params, number)
                     memory.note_validation(number, record["validation_loss"], self.config)
+                best = memory.best_step if self.config.keep_best else None
                 log.write(record)
                 memory.seconds = before + time.monotonic() - started
-                if saves or memory.stopped_early or stops:
-                    checkpointer.save(state, memory.to_json())
+                if saves or best == number or memory.stopped_early or stops:
+                    checkpointer.save(state, memory.to_json(), best)
                 if stops:
                     raise SystemExit(143)
                 if memory.stopped_early:
