@@ -67,6 +67,9 @@ def _run(arguments: Sequence[str], prog: str) -> int:
 
     resolved, update = config.parse(arguments, prog, DESCRIPTION)
     # Imported only now, so that --help and a mistyped key do not wait for JAX.
+    from agentark_jax.training import distributed
+
+    distributed.initialize()
     from agentark_jax import experiment
 
     experiment.run(resolved, update=update)

@@ -18,7 +18,7 @@ from agentark_jax.models.source import ModelSourceConfig
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.traces.config import SelectionConfig
-from agentark_jax.training.config import FitConfig
+from agentark_jax.training.config import FitConfig, MeshConfig
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ def _check_fits(namespace: Namespace) -> None:
     """`FitConfig` stands in several places and does not know its own; complain with the whole key."""
     for key in ("fit", "warm_start.answer", "warm_start.revision"):
         try:
-            FitConfig(**namespace[key].as_dict())
+            values = namespace[key].as_dict()
+            FitConfig(**{**values, "mesh": MeshConfig(**values["mesh"])})
         except UsageError as error:
             raise UsageError(f"{key}.{error}") from error
 

@@ -40,6 +40,7 @@ from agentark_jax.traces.selection import Selection, load_selection, match_token
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.loop import fit
+from agentark_jax.training.mesh import check_mesh, make_mesh
 from agentark_jax.training.state import partition
 
 WARM_START, GREEDY, SAMPLED = "warm_start", "single_greedy", "single_sampled"
@@ -106,6 +107,7 @@ class Pipeline:
                 f"the embedding has {rows} rows more than the tokenizer has tokens: padding, left as it is"
             )
         self._check_lengths(raw, form, questions)
+        self._check_meshes(raw)
         base = self.warm_start(raw, form, questions_stage, questions)
         debate_stage, debated = self.debate(base, questions_stage, questions["debate"])
         select_stage, selections = self.select(debate_stage, debated)
@@ -495,6 +497,22 @@ class Pipeline:
                 f"{directory / 'config.json'}: the model takes {positions} tokens, but a call can take "
                 f"{self._longest}: lower debate.max_tokens or debate.agents, or ask shorter questions."
             )
+
+    def _check_meshes(self, raw: Manifest) -> None:
+        """Refuse, before anything expensive starts, a fit that the devices here cannot share."""
+        model = load_config(_model_directory(raw))
+        shapes = partition(transformer.param_shapes(model), [])[0]
+        warm_start = self.config.warm_start
+        fits = {
+            "warm_start.answer": warm_start.answer,
+            "warm_start.revision": warm_start.revision,
+            "fit": self.config.fit,
+        }
+        for key, config in fits.items():
+            try:
+                check_mesh(make_mesh(config.mesh), model, shapes, config.rows, config.accumulation)
+            except UsageError as error:
+                raise UsageError(f"{key}.{error}") from error
 
     def _load(self, stage: Manifest) -> Model:
         """The model a stage made or found; the last one used stays in memory."""

@@ -20,7 +20,8 @@ from agentark_jax.models.config import load_config
 from agentark_jax.models.weights import load_params
 from agentark_jax.records import Completion, Sampling
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.state import initial_state, make_optimizer, partition
+from agentark_jax.training.mesh import make_mesh, place_params
+from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 from benchmarks.inputs import first_loss_position, sft_ids
 from benchmarks.workers import Repeat, Reply, serve
@@ -43,8 +44,11 @@ def training(setup: Setup) -> Repeat:
     )
     model = load_config(Path(setup["model"]))
     trainable, frozen = partition(load_params(Path(setup["model"]), model), fit.freeze)
-    state = initial_state(make_optimizer(fit, setup["steps"]), trainable)
-    step = make_step(fit, model, {"completion": 1.0}, setup["steps"])
+    mesh, optimizer = make_mesh(fit.mesh), make_optimizer(fit, setup["steps"])
+    shardings = state_shardings(mesh, optimizer, trainable)
+    frozen = place_params(mesh, frozen, donate=True)
+    state = initial_state(mesh, optimizer, trainable)
+    step = make_step(fit, model, {"completion": 1.0}, setup["steps"], shardings)
     weights = np.zeros((batch, length), np.float32)
     weights[:, first_loss_position(length) :] = 1.0
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))

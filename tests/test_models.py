@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import transformer
-from agentark_jax.models.config import ModelConfig, Rope, load_config
+from agentark_jax.models.config import ModelConfig, Remat, Rope, load_config
 from agentark_jax.models.layers import Block, rotation_table
 from agentark_jax.models.weights import load_params, save_pretrained, weights_fingerprint
 
@@ -118,14 +118,15 @@ def test_logits_equal_transformers(case: Case) -> None:
     np.testing.assert_allclose(ours, case.logits, rtol=0, atol=1e-4)
 
 
-def test_remat_changes_memory_only(gemma: Case) -> None:
+@pytest.mark.parametrize("kind", ["products", "outputs", "full"])
+def test_remat_changes_memory_only(gemma: Case, kind: Remat) -> None:
     ids = gemma.ids[:, :24]
 
-    def loss(params: transformer.Params, remat: bool) -> jax.Array:
+    def loss(params: transformer.Params, remat: Remat) -> jax.Array:
         h = transformer.hidden_states(gemma.config, params, ids, rows(ids), None, remat)
         return jnp.sum(jnp.square(transformer.logits(gemma.config, params, h)))
 
-    plain, remat = (jax.jit(jax.grad(loss), static_argnums=1)(gemma.params, flag) for flag in (False, True))
+    plain, remat = (jax.jit(jax.grad(loss), static_argnums=1)(gemma.params, flag) for flag in ("none", kind))
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         assert np.abs(a).max() > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))

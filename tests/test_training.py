@@ -22,10 +22,19 @@ from agentark_jax.models.config import ModelConfig, Rope
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.sft import sft_loss, term_totals
 from agentark_jax.records import Example
-from agentark_jax.training.checkpoint import Checkpointer
-from agentark_jax.training.config import FitConfig
+from agentark_jax.training.checkpoint import Checkpointer, Retention
+from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.loop import Memory, fit
-from agentark_jax.training.state import TrainState, initial_state, is_decayed, learning_rates, make_optimizer, partition
+from agentark_jax.training.mesh import make_mesh
+from agentark_jax.training.state import (
+    TrainState,
+    initial_state,
+    is_decayed,
+    learning_rates,
+    make_optimizer,
+    partition,
+    state_shardings,
+)
 from agentark_jax.training.step import make_evaluation, make_step
 
 MODEL = ModelConfig(
@@ -157,8 +166,10 @@ def test_packed_equals_unpacked_and_accumulated_equals_one_batch():
 
 def one_step(params, config, batch):
     trainable, frozen = partition(copied(params), config.freeze)
-    state = initial_state(make_optimizer(config, 10), trainable)
-    state, metrics = make_step(config, MODEL, COEFFICIENTS, 10)(state, frozen, batch)
+    optimizer = make_optimizer(config, 10)
+    shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
+    state, metrics = make_step(config, MODEL, COEFFICIENTS, 10, shardings)(state, frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -166,10 +177,32 @@ def test_a_step_with_accumulation_or_remat_equals_one_without(params):
     batch = next(packed_batches(EXAMPLES, seed=0, epochs=1, rows=6, row_length=24).iterate(0, 1))
     # Adam's first update is little more than a sign, so gradients are compared through Adam's first moment instead.
     whole, metrics = one_step(params, replace(CONFIG, rows=6), batch)
-    other, other_metrics = one_step(params, replace(CONFIG, rows=6, accumulation=3, remat=True), batch)
+    other, other_metrics = one_step(params, replace(CONFIG, rows=6, accumulation=3, remat="full"), batch)
     moments, other_moments = (optax.tree.get(state.optimizer, "mu") for state in (whole, other))
     assert_relative(other_moments, moments)
     assert_relative(other_metrics, metrics)
+
+
+def test_bfloat16_computes_in_it_and_keeps_everything_else_in_float32(params):
+    batch = next(packed_batches(EXAMPLES, seed=0, epochs=1, rows=6, row_length=24).iterate(0, 1))
+    exact, metrics = one_step(params, replace(CONFIG, rows=6), batch)
+    rough, rough_metrics = one_step(params, replace(CONFIG, rows=6, compute_dtype="bfloat16"), batch)
+    moments, rough_moments = (optax.tree.get(state.optimizer, "mu") for state in (exact, rough))
+    assert all(leaf.dtype == jnp.float32 for leaf in rough_moments.values())
+    assert rough_metrics["loss"] != metrics["loss"]  # or nothing was computed in bfloat16
+    assert rough_metrics["loss"] == pytest.approx(metrics["loss"], rel=0.01)
+    assert rough_metrics["gradient_norm"] == pytest.approx(metrics["gradient_norm"], rel=0.05)
+    for path, moment in moments.items():
+        difference = np.linalg.norm(rough_moments[path] - moment) / np.linalg.norm(moment)
+        assert difference < 0.1, path
+
+    def gradients(dtype):
+        def loss(params):
+            return sft_loss(MODEL, params, batch, term_totals(batch), COEFFICIENTS, dtype=dtype)[0]
+
+        return jax.eval_shape(jax.grad(loss), params)
+
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(gradients("bfloat16")))
 
 
 def test_gradient_reach_and_frozen_parameters(params, tmp_path):
@@ -191,7 +224,7 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
     assert set(frozen) == {"embedding", *(f"scanned.00.mlp.{name}" for name in ("gate", "up", "down"))}
     for path, leaf in trainable.items():
         assert np.any(np.asarray(leaf) != original[path]), path
-    with Checkpointer(tmp_path / "checkpoints", {}, 1) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(1)) as checkpointer:
         saved = json.loads((tmp_path / "checkpoints" / str(checkpointer.latest) / "record" / "metadata").read_text())
     assert saved["step"] == 4
     stored = (tmp_path / "checkpoints" / "4" / "state" / "_METADATA").read_text()
@@ -202,8 +235,10 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
 def test_the_step_compiles_once_and_donates_its_state(params):
     data = packed_batches(EXAMPLES, seed=0, epochs=2, rows=2, row_length=24)
     trainable, frozen = partition(copied(params), [])
-    state = initial_state(make_optimizer(CONFIG, 10), trainable)
-    step = make_step(CONFIG, MODEL, COEFFICIENTS, 10)
+    optimizer = make_optimizer(CONFIG, 10)
+    shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
+    step = make_step(CONFIG, MODEL, COEFFICIENTS, 10, shardings)
     first = state.params["final_norm.weight"]
     for batch in data.iterate(0, 4):
         state, _ = step(state, frozen, batch)
@@ -293,7 +328,7 @@ def test_early_stopping(params, tmp_path):
     assert since == 3
     trainable, frozen = partition(result.params, [])
     data = packed_batches(VALIDATION, seed=0, epochs=1, rows=2, row_length=24)
-    evaluate = make_evaluation(EARLY, MODEL, {"answer": 1.0, "completion": 1.0})
+    evaluate = make_evaluation(EARLY, MODEL, {"answer": 1.0, "completion": 1.0}, make_mesh(MeshConfig()))
     sums = [evaluate(trainable, frozen, batch) for batch in data.iterate(0, len(data))]
     nll, totals = jax.tree.map(lambda *leaves: float(sum(leaves)), *sums)
     assert sum(nll[term] / totals[term] for term in nll) == pytest.approx(losses[-1], rel=1e-5)
@@ -373,7 +408,7 @@ def test_sigterm_saves_and_exits_with_143(params, tmp_path):
     child.send_signal(signal.SIGTERM)
     output, _ = child.communicate()
     assert child.returncode == 143
-    with Checkpointer(tmp_path / "checkpoints", {}, 2) as checkpointer:
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(2)) as checkpointer:
         assert checkpointer.latest is not None
         assert checkpointer.latest >= 3
         assert str(checkpointer.latest) == (["3", *output.split()])[-1]  # not one step after the last one was lost
@@ -397,6 +432,31 @@ def test_early_stop_state_is_resumed(params, tmp_path):
     assert_identical(resumed.params, whole.params)
 
 
+def kept(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir())
+
+
+def test_retention_keeps_the_newest_the_best_and_every_so_many(params, tmp_path):
+    config = replace(EARLY, epochs=4, patience=None, keep=1, keep_every=4, keep_best=True, checkpoint_every=3)
+    result = run_fit(tmp_path / "sync", params, config, validation=VALIDATION)
+    best = min(result.validation_history, key=lambda entry: entry[1])[0]
+    assert kept(tmp_path / "sync") == sorted({*range(4, result.steps + 1, 4), best, result.steps})
+
+    interrupted = tmp_path / "async"
+    config = replace(config, checkpoint_async=True)
+
+    def die(done, total, tokens):
+        if done == 7:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_fit(interrupted, params, config, validation=VALIDATION, progress=die)
+    resumed = run_fit(interrupted, params, config, validation=VALIDATION)
+    assert kept(interrupted) == kept(tmp_path / "sync")
+    assert_identical(resumed.params, result.params)
+    assert (resumed.history, resumed.validation_history) == (result.history, result.validation_history)
+
+
 def test_memory_survives_json():
     memory = Memory(tokens=3, history=[(1, 0.1 + 0.2)], validation_history=[(1, 1.0)])
     assert Memory.from_json(json.loads(json.dumps(memory.to_json()))) == memory
@@ -410,7 +470,13 @@ def test_a_loss_that_is_not_finite_names_step_and_questions(params, tmp_path):
     with pytest.raises(AgentArkError, match=r"step 1: the loss is nan .*questions q\d.*no checkpoint yet") as caught:
         run_fit(tmp_path, poisoned, replace(SHORT, checkpoint_every=1))
     assert caught.value.exit_code == 1
-    with Checkpointer(tmp_path / "checkpoints", {}, 2) as checkpointer:
+    with np.load(tmp_path / "not_finite_step_1.npz") as dumped:
+        data = packed_batches(EXAMPLES, seed=7, epochs=2, rows=2, row_length=24)
+        expected = next(data.iterate(0, 1))
+        np.testing.assert_array_equal(dumped["ids"], expected["ids"])
+        np.testing.assert_array_equal(dumped["weights.answer"], expected["weights"]["answer"])
+        assert str(tmp_path / "not_finite_step_1.npz") in str(caught.value)
+    with Checkpointer(tmp_path / "checkpoints", {}, Retention(2)) as checkpointer:
         assert checkpointer.latest is None
 
 
@@ -443,8 +509,8 @@ def damage(path, how):
 def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_before(params, tmp_path, how, what):
     optimizer = make_optimizer(SHORT, 3)
     trainable, _ = partition(params, [])
-    state = initial_state(optimizer, trainable)
-    with Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer:
+    state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
+    with Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer:
         for step in (1, 2):
             state = TrainState(jnp.asarray(step, jnp.int32), state.params, state.optimizer)
             checkpointer.save(state, {"note": step})
@@ -452,12 +518,12 @@ def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_b
     files = [path for path in (place / "state").rglob("*") if path.is_file() and path.parent.name == "d"]
     damage(place / what if what != "state/data" else max(files, key=lambda path: path.stat().st_size), how)
     with (
-        Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer,
+        Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer,
         pytest.raises(AgentArkError, match=r"2: the checkpoint is damaged .*delete this directory"),
     ):
         checkpointer.restore(state)
     subprocess.run(["rm", "-r", str(place)], check=True)
-    with Checkpointer(tmp_path, {"a": 1}, 2) as checkpointer:
+    with Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer:
         restored, memory = checkpointer.restore(state)
     assert memory == {"note": 1}
     assert_identical(restored.params, state.params)
@@ -520,8 +586,12 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"rows": 4, "accumulation": 3}, r"accumulation: 3 .* divisor of rows \(4\)"),
         ({"schedule": "step"}, "schedule: 'step'"),
         ({"patience": 2}, "patience: 2 .*eval_every"),
+        ({"keep_best": True}, "keep_best: True .*eval_every"),
+        ({"keep_every": 0}, "keep_every: 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction: 1.0"),
         ({"steps": 0}, "steps: 0"),
+        ({"remat": True}, "remat: True .* one of none, products, outputs, full"),
+        ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
         ({"coefficients": {"completion": float("inf")}}, r"coefficients\.completion: inf"),
     ],
 )

@@ -1,4 +1,7 @@
-"""Packed batches of fixed shape, as a grain dataset whose position is one global index: the step."""
+"""Packed batches of fixed shape, as a grain dataset whose position is one global index: the step.
+
+The plan of the whole batch is known everywhere, so any number of hosts can share it: each reads its rows of each batch.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,9 +45,10 @@ def pack_row(examples: Sequence[Example], *, row_length: int, terms: Sequence[st
 class PackedBatches:
     """All batches of all epochs. `plan[step][row]` are the indices of the examples in that row."""
 
-    dataset: grain.MapDataset
     plan: tuple[tuple[tuple[int, ...], ...], ...]
     examples: Sequence[Example]
+    row_length: int
+    terms: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -53,10 +57,22 @@ class PackedBatches:
         """The questions whose examples are in batch `step` (from 0)."""
         return sorted({self.examples[index].question_id for row in self.plan[step] for index in row})
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches `start` … `stop`-1, read ahead by one thread."""
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        """Batch `step` (from 0), or only these of its rows."""
+        chosen = range(len(self.plan[step])) if rows is None else rows
+        filled = [
+            pack_row([self.examples[i] for i in self.plan[step][row]], row_length=self.row_length, terms=self.terms)
+            for row in chosen
+        ]
+        stacked: Batch = {name: np.stack([row[name] for row in filled]) for name in ("ids", "positions", "segment_ids")}
+        stacked["weights"] = {term: np.stack([row["weights"][term] for row in filled]) for term in self.terms}
+        return stacked
+
+    def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """Batches `start` … `stop`-1, or only these rows of each, read ahead by one thread."""
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-        return iter(self.dataset[start:stop].to_iter_dataset(options))
+        steps = grain.MapDataset.range(start, stop).map(lambda step: self.batch(step, rows))
+        return iter(steps.to_iter_dataset(options))
 
 
 def packed_batches(
@@ -84,11 +100,4 @@ def packed_batches(
     ]
     packed += [()] * (-len(packed) % rows)
     plan = tuple(tuple(packed[start : start + rows]) for start in range(0, len(packed), rows))
-
-    def assemble(batch: tuple[tuple[int, ...], ...]) -> Batch:
-        filled = [pack_row([examples[i] for i in row], row_length=row_length, terms=names) for row in batch]
-        stacked: Batch = {name: np.stack([row[name] for row in filled]) for name in ("ids", "positions", "segment_ids")}
-        stacked["weights"] = {term: np.stack([row["weights"][term] for row in filled]) for term in names}
-        return stacked
-
-    return PackedBatches(grain.MapDataset.source(plan).map(assemble), plan, examples)
+    return PackedBatches(plan, examples, row_length, names)

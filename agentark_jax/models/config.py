@@ -15,6 +15,9 @@ from typing import Any, Literal
 from agentark_jax.errors import UsageError
 
 LayerType = Literal["full_attention", "sliding_attention"]
+# What the backward pass recomputes: nothing; all but the products with weights; all but the outputs of attention and
+# MLPs; all but the layers' inputs. Each keeps less than the one before.
+Remat = Literal["none", "products", "outputs", "full"]
 Activation = Literal["silu", "gelu_tanh"]
 
 _ACTIVATIONS: Mapping[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from agentark_jax.models.config import LayerType, Lora, ModelConfig, Rope
+from agentark_jax.models.sharding import activation, lookup
 
 Rotation = tuple[jax.Array, jax.Array]
 
@@ -114,7 +115,8 @@ class Attention(nnx.Module):
             value = value + self.value_bias[...]
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        return rotate(query, rotation), rotate(key, rotation).swapaxes(1, 2), value.swapaxes(1, 2)
+        query, key, value = rotate(query, rotation), rotate(key, rotation).swapaxes(1, 2), value.swapaxes(1, 2)
+        return activation(query, "query"), activation(key, "key"), activation(value, "value")
 
     def attend(
         self,
@@ -137,7 +139,7 @@ class Attention(nnx.Module):
         mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(batch, kv_heads, -1, span), value)
         mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         out = _project(self, "output", mixed)
-        return out + self.output_bias[...] if self.out_bias else out
+        return activation(out + self.output_bias[...] if self.out_bias else out, "attention")
 
 
 class MLP(nnx.Module):
@@ -161,8 +163,8 @@ class MLP(nnx.Module):
         if self.bias:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
         gate = jax.nn.silu(gate) if self.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        down = _project(self, "down", gate * up)
-        return down + self.down_bias[...] if self.bias else down
+        down = _project(self, "down", activation(gate * up, "inner"))
+        return activation(down + self.down_bias[...] if self.bias else down, "mlp")
 
 
 class Block(nnx.Module):
@@ -199,7 +201,7 @@ class Block(nnx.Module):
         x = x + (self.post_attention_norm(mixed) if self.sandwich else mixed)
         fed = self.mlp(self.mlp_norm(x))
         x = x + (self.post_mlp_norm(fed) if self.sandwich else fed)
-        return x, {"k": key, "v": value}
+        return activation(x, "residual"), {"k": key, "v": value}
 
 
 def rotate(x: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
@@ -263,7 +265,7 @@ def causal_masks(
 
 def embed(config: ModelConfig, embedding: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:
     """Rows of the embedding times the model's embedding scale."""
-    x = embedding[ids]
+    x = lookup(embedding, ids)
     return x if config.embedding_scale == 1.0 else x * jnp.asarray(config.embedding_scale, x.dtype)
 
 

@@ -14,6 +14,7 @@ Caches are one pair of arrays per layer; layers with a sliding window keep full-
 the window. Donate the cache (or carry it in a `while_loop`): writes are then in place.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.layers import (
     Block,
     RMSNorm,
@@ -32,6 +33,7 @@ from agentark_jax.models.layers import (
     normal_param,
     rotation_table,
 )
+from agentark_jax.models.sharding import activation
 
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
@@ -58,24 +60,45 @@ class Transformer(nnx.Module):
         ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"] | None,
-        remat: bool,
+        remat: Remat,
+        dtype: jax.typing.DTypeLike,
     ) -> Float[Array, "B T D"]:
-        rotations = rotation_table(self.config, positions, self.embedding[...].dtype)
+        rotations = rotation_table(self.config, positions, dtype)
         masks = causal_masks(self.config, ids.shape[1], segment_ids)
-        graph, stacked = nnx.split(self.scanned)
 
-        def repetition(x: jax.Array, state: Any) -> tuple[jax.Array, None]:
-            for block in nnx.merge(graph, state).values():
+        def through(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
+            for block in nnx.merge(graph, _cast_matrices(state, dtype)).values():
                 x, _ = block(x, rotations, masks)
-            return x, None
+            return x
 
-        x = embed(self.config, self.embedding[...], ids)
-        # Keeping more than the products of matrices costs more time, in stacking it, than it saves in computing it.
-        kept = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        x, _ = jax.lax.scan(jax.checkpoint(repetition, policy=kept), x, stacked)
-        for block in self.rest.values():
-            x, _ = block(x, rotations, masks)
+        through = _recomputed(through, remat)
+        x = activation(embed(self.config, self.embedding[...], ids).astype(dtype), "residual")
+        graph, stacked = nnx.split(self.scanned)
+        x, _ = jax.lax.scan(lambda x, state: (through(graph, x, state), None), x, stacked)
+        graph, unstacked = nnx.split(self.rest)
+        x = through(graph, x, unstacked)
         return self.final_norm(x)
+
+
+def _cast_matrices(state: Any, dtype: jax.typing.DTypeLike) -> Any:
+    """The parameters of some layers in `dtype`, except for those of norms, which compute in float32 anyway."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, state)
+
+
+def _recomputed(layers: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
+    """`layers(static graph, x, state)`, of whose activations the backward pass recomputes what `remat` says."""
+    policies = jax.checkpoint_policies
+    kept = {
+        "none": policies.everything_saveable,
+        "products": policies.dots_with_no_batch_dims_saveable,
+        "outputs": policies.save_only_these_names("attention", "mlp"),
+        "full": policies.nothing_saveable,
+    }[remat]
+    return jax.checkpoint(layers, policy=kept, static_argnums=0)
 
 
 @lru_cache(maxsize=32)
@@ -103,15 +126,18 @@ def hidden_states(
     ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None = None,
-    remat: bool = False,
+    remat: Remat = "products",
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, from stacked parameters.
 
     `positions` start at 0 in every segment. `segment_ids` separate packed sequences, 0 marking padding; None means
-    one sequence per row (padding to the right is harmless: nothing before it sees it). The backward pass recomputes
-    all but the products with weights; with `remat` those too, from the input of each repetition of the layer pattern.
+    one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` says what of each
+    repetition of the layer pattern the backward pass recomputes instead of keeping it. Layers compute in `dtype` (None:
+    that of the parameters) on matrices that are cast where they are used, so gradients have the parameters' dtype.
     """
-    return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat)
+    computed = params["embedding"].dtype if dtype is None else dtype
+    return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat, computed)
 
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:

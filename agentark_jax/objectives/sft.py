@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.transformer import hidden_states, unembedding
 from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_nll
 
@@ -41,7 +41,8 @@ def sft_loss(
     totals: Mapping[str, Float[Array, ""]],
     coefficients: Mapping[str, float],
     *,
-    remat: bool = False,
+    remat: Remat = "products",
+    dtype: jax.typing.DTypeLike | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """loss = Σ_term coefficient · Σ_t weight·nll / total, and its metrics; differentiable in `params`.
@@ -49,8 +50,10 @@ def sft_loss(
     `totals` are those of the whole optimizer step and `coefficients` has one number per term. Loss and metrics of the
     micro-batches of a step therefore *add up* to those of one big batch: `loss`, `nll/<term>` (nats per unit of
     weight), `tokens` (not padding) and `loss_tokens` (with a non-zero weight in some term).
+    The network computes in `dtype` (None: that of the parameters); log-likelihoods and their sums are fp32.
     """
-    hidden = hidden_states(config, params, batch["ids"], batch["positions"], batch["segment_ids"], remat=remat)
+    ids, positions, segment_ids = batch["ids"], batch["positions"], batch["segment_ids"]
+    hidden = hidden_states(config, params, ids, positions, segment_ids, remat=remat, dtype=dtype)
     return sft_loss_from_hidden(
         hidden,
         unembedding(config, params),

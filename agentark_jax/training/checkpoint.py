@@ -1,46 +1,100 @@
 """Checkpoints of a fit: trainable parameters, optimizer, step and what the loop must remember, written by orbax.
 
-Saves are synchronous: an asynchronous one holds a second copy of the state in memory. A checkpoint carries the SHA-256
-of its arrays and of its record, so that one which the file system damaged is an error and not a wrong result.
+Saves are synchronous unless asked otherwise: an asynchronous one holds a second copy of the state in memory. A
+checkpoint carries digests of its arrays and of its record, so that one which the file system damaged is an error and
+not a wrong result. It can be restored onto any mesh and by any number of processes.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
+from jaxtyping import Array, UInt32
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.training.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
+# Where each checksum begins to count places, and an odd factor that spreads the bits of a count.
+_MIXERS = ((0x243F6A88, 0x21F0AAAD), (0x85A308D3, 0x735A2D97))
 _LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 
 
 def state_digest(state: TrainState) -> str:
-    """SHA-256 over the paths, dtypes, shapes and bytes of all leaves."""
+    """SHA-256 over the paths, dtypes, shapes and checksums of all leaves; the same wherever the leaves live."""
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view(np.uint8).data)
+    sums = jax.device_get(_checksums(state))
+    for (path, leaf), checksum in zip(jax.tree_util.tree_leaves_with_path(state), sums, strict=True):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape} {checksum.tolist()}\n".encode())
     return digest.hexdigest()
 
 
-class Checkpointer:
-    """The checkpoints below one directory; a context manager. `fingerprint` says which fit they belong to."""
+@jax.jit
+def _checksums(state: TrainState) -> list[UInt32[Array, "2"]]:
+    """Of each leaf two sums, modulo 2³², of its elements' bits, each times an odd number that depends on its place.
 
-    def __init__(self, directory: Path, fingerprint: Mapping[str, Any], keep: int) -> None:
+    Sums in any order are equal, so every device sums what it has and nothing is gathered; no change of a single element
+    leaves them as they were, and two changes cancel in about one case of 2⁶².
+    """
+    return [_checksum(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def _checksum(leaf: Array) -> Array:
+    words = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}").astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    for axis, size in enumerate(leaf.shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+
+    def mixed(x: Array, factor: int) -> Array:
+        for shift in (16, 15):
+            x = (x ^ (x >> shift)) * jnp.uint32(factor)
+        return (x ^ (x >> 16)) | jnp.uint32(1)
+
+    return jnp.stack(
+        [jnp.sum(words * mixed(place + jnp.uint32(start), factor), dtype=jnp.uint32) for start, factor in _MIXERS]
+    )
+
+
+@dataclass
+class Retention:
+    """Which checkpoints stay on disk: the `newest` so many, every step that `every` divides, and the `best` step."""
+
+    newest: int
+    every: int | None = None
+    best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each of the checkpoints, which orbax sorts by step; it deletes the others."""
+        newest = [info.step for info in checkpoints][-self.newest :]
+        return [
+            info.step in newest or info.step == self.best or bool(self.every and info.step % self.every == 0)
+            for info in checkpoints
+        ]
+
+
+class Checkpointer:
+    """The checkpoints below one directory; a context manager, at whose end all of them are complete.
+
+    `fingerprint` says which fit they belong to.
+    """
+
+    def __init__(
+        self, directory: Path, fingerprint: Mapping[str, Any], retention: Retention, asynchronous: bool = False
+    ) -> None:
         """Opens or creates `directory`; what an interrupted save left behind is removed.
+
+        With `asynchronous`, `save` returns when the state is copied and is written while steps go on.
 
         Raises AgentArkError if the directory cannot be written.
         """
@@ -48,8 +102,9 @@ class Checkpointer:
         logging.getLogger("orbax").setLevel(logging.ERROR)
         self.directory = directory.absolute()
         self.fingerprint = json.loads(json.dumps(dict(fingerprint)))  # as it will be read back
+        self._retention, self._writing = retention, 0
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
+            preservation_policy=retention, enable_async_checkpointing=asynchronous, cleanup_tmp_directories=True
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -66,18 +121,27 @@ class Checkpointer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.close()
+        try:
+            self._finish()
+        except AgentArkError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, memory: Mapping[str, Any]) -> None:
-        """Writes the state and the JSON-serialisable `memory` of the loop; returns when both are on disk.
+    def save(self, state: TrainState, memory: Mapping[str, Any], best: int | None = None) -> None:
+        """Writes the state and the JSON-serialisable `memory` of the loop; returns when both are on disk or, if saves
+        are asynchronous, when the state may change. `best` is the step whose checkpoint is the best so far.
 
-        Raises AgentArkError when they cannot be written; the checkpoints before this one are then untouched.
+        Raises AgentArkError when they cannot be written, or the one before this could not; the others are untouched.
         """
+        self._retention.best = best
+        self._finish()
         step = int(state.step)
         if step == self.latest:
             return
@@ -91,14 +155,25 @@ class Checkpointer:
         }
         record["record_sha256"] = _record_digest(record)
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record))
+        self._writing = step
         try:
             self._manager.save(step, args=arguments, force=True)
         except Exception as error:  # tensorstore reports a full disk as ValueError, Python as OSError
-            self._remove(step)
-            raise AgentArkError(
-                f"{self.directory / str(step)}: the checkpoint could not be written ({_first_line(error)}); "
-                "free space or make the directory writable, and run the same command again"
-            ) from error
+            raise self._unwritten(error) from error
+
+    def _finish(self) -> None:
+        """Waits for the save that is under way, if one is."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def _unwritten(self, error: Exception) -> AgentArkError:
+        self._remove(self._writing)
+        return AgentArkError(
+            f"{self.directory / str(self._writing)}: the checkpoint could not be written ({_first_line(error)}); "
+            "free space or make the directory writable, and run the same command again"
+        )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest checkpoint as (state, memory), or None if there is none. `like` gives shapes and shardings.

@@ -5,11 +5,48 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import UsageError
+from agentark_jax.models.config import Remat
 
 Schedule = Literal["cosine", "linear", "constant"]
+ComputeDtype = Literal["float32", "bfloat16"]
 
-# They decide what is kept on disk and when, not what is computed: a resumed run may change them.
-BOOKKEEPING = ("checkpoint_every", "keep")
+# They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
+BOOKKEEPING = ("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async", "mesh")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are divided; the product of the three is their number. One of them may be -1: the rest.
+
+    Args:
+        data: groups of devices, each with a copy of the parameters and with rows of its own.
+        fsdp: devices of a group that divide its parameters, its optimizer state and its rows among them.
+        tensor: devices that divide heads, inner MLP sizes and vocabulary, and work on the same rows.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for key, size in asdict(self).items():
+            if size != -1 and size < 1:
+                raise UsageError(f"mesh.{key}: {size} is not possible; it must be at least 1, or -1 for the rest")
+        if list(asdict(self).values()).count(-1) > 1:
+            raise UsageError("mesh: only one of data, fsdp and tensor can be -1, the rest of the devices")
+
+    def sizes(self, devices: int) -> dict[str, int]:
+        """The size of every mesh axis. Raises UsageError when they do not make up `devices`."""
+        wanted = asdict(self)
+        given = math.prod(size for size in wanted.values() if size != -1)
+        sizes = {axis: devices // given if size == -1 else size for axis, size in wanted.items()}
+        if math.prod(sizes.values()) != devices:
+            asked = " × ".join(f"{axis} {size}" for axis, size in wanted.items())
+            raise UsageError(
+                f"mesh: {asked} does not make up the {devices} devices that are here; set data, fsdp and tensor so "
+                f"that their product is {devices}, one of them -1 for the rest"
+            )
+        return sizes
 
 
 @dataclass(frozen=True)
@@ -30,11 +67,19 @@ class FitConfig:
         freeze: parameters that stay as they are: top-level names or dotted paths, such as [embedding].
         coefficients: factor of each named loss term; a term that is not named has 1.
         checkpoint_every: steps between checkpoints; the last step is always saved.
-        keep: how many checkpoints stay on disk.
+        keep: how many of the newest checkpoints stay on disk.
+        keep_every: also keep the checkpoints of all multiples of this number of steps; null for none.
+        keep_best: also keep a checkpoint of the step with the lowest validation loss; needs eval_every.
+        checkpoint_async: write checkpoints while training goes on; needs memory for a second copy of the state.
         eval_every: steps between evaluations on the validation set; null for none.
         patience: stop after this many evaluations in a row without improvement; null for never.
         min_improvement: by how much the validation loss must fall below its best to count as an improvement.
-        remat: recompute activations in the backward pass, to save memory.
+        remat: what the backward pass recomputes instead of keeping it: none; products, all but the products with
+            weights (on CPU faster than none); outputs, all but the outputs of attention and MLPs; or full, all but the
+            inputs of the layers.
+        compute_dtype: in what the network computes: float32 or bfloat16. Parameters, optimizer state, gradients, norms,
+            softmax and loss are float32 either way.
+        mesh: how the devices are divided; changes no result beyond the order of floating-point sums.
     """
 
     learning_rate: float = 3e-5
@@ -51,15 +96,20 @@ class FitConfig:
     coefficients: dict[str, float] = field(default_factory=dict)
     checkpoint_every: int = 50
     keep: int = 2
+    keep_every: int | None = None
+    keep_best: bool = False
+    checkpoint_async: bool = False
     eval_every: int | None = None
     patience: int | None = None
     min_improvement: float = 0.0
-    remat: bool = False
+    remat: Remat = "products"
+    compute_dtype: ComputeDtype = "float32"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("steps", "eval_every", "patience"):
+        for key in ("steps", "eval_every", "patience", "keep_every"):
             value = getattr(self, key)
             _require(value is None or value >= 1, key, value, "at least 1, or null")
         for key in ("learning_rate", "clip_norm"):
@@ -71,7 +121,9 @@ class FitConfig:
         for term, value in self.coefficients.items():
             _require(math.isfinite(value), f"coefficients.{term}", value, "a finite number")
         _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "at least 0 and below 1")
-        _require(self.schedule in get_args(Schedule), "schedule", self.schedule, f"one of {get_args(Schedule)}")
+        for key, choices in (("schedule", Schedule), ("remat", Remat), ("compute_dtype", ComputeDtype)):
+            value, allowed = getattr(self, key), get_args(choices)
+            _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
         _require(
             self.rows % self.accumulation == 0, "accumulation", self.accumulation, f"a divisor of rows ({self.rows})"
         )
@@ -80,6 +132,13 @@ class FitConfig:
             "patience",
             self.patience,
             "null when eval_every is null; set eval_every to stop early",
+        )
+
+        _require(
+            not self.keep_best or self.eval_every is not None,
+            "keep_best",
+            self.keep_best,
+            "false when eval_every is null; set eval_every to know which is best",
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -12,16 +12,31 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import atomic_path
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Example, ids_hash, stable_hash
-from agentark_jax.training.checkpoint import Checkpointer
+from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig
+from agentark_jax.training.mesh import check_mesh, local_rows, make_mesh, place_batch, place_params
 from agentark_jax.training.metrics import MetricsLog
-from agentark_jax.training.state import FlatParams, TrainState, initial_state, make_optimizer, merge, partition
+from agentark_jax.training.state import (
+    FlatParams,
+    Shardings,
+    TrainState,
+    initial_state,
+    make_optimizer,
+    merge,
+    partition,
+    state_shardings,
+)
 from agentark_jax.training.step import make_evaluation, make_step
 
 Progress = Callable[[int, int, int], None]
@@ -68,6 +83,11 @@ class Memory:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "best": None if math.isinf(self.best) else self.best}
 
+    @property
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss, the first of several."""
+        return min(self.validation_history, key=lambda entry: entry[1])[0] if self.validation_history else None
+
     def note_validation(self, step: int, loss: float, config: FitConfig) -> None:
         """Records an evaluation and decides whether the fit stops early."""
         self.validation_history.append((step, loss))
@@ -98,13 +118,19 @@ def fit(
     Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
     there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
     parameters; config, examples and seed are added here. `progress(steps done, steps in all, tokens)` is called after
-    every step. SIGTERM saves and raises SystemExit(143).
+    every step. With several processes each calls this with the same arguments, `directory` on a disk that all share,
+    and reads only its rows of each batch; the result is spread over their devices. SIGTERM saves and raises
+    SystemExit(143).
 
-    Raises UsageError for examples longer than a row, unknown names in `freeze` or `coefficients`, and an `eval_every`
-    without `validation`; AgentArkError for a loss or gradient that is not finite, unusable examples, a damaged
-    checkpoint or one of another fit, and a directory that cannot be written.
+    Raises UsageError for examples longer than a row, unknown names in `freeze` or `coefficients`, an `eval_every`
+    without `validation`, and a mesh over which devices, parameters or rows do not divide; AgentArkError for a loss or
+    gradient that is not finite, unusable examples, a damaged checkpoint or one of another fit, and a directory that
+    cannot be written.
     """
     started = time.monotonic()
+    mesh = make_mesh(config.mesh)
+    trainable, frozen = partition(params, config.freeze)
+    check_mesh(mesh, model_config, {**trainable, **frozen}, config.rows, config.accumulation)
     terms = term_names([*examples, *(validation or ())])
     for term in config.coefficients:
         if term not in terms:
@@ -119,9 +145,9 @@ def fit(
         validation_data = packed_batches(validation, seed=seed, epochs=1, **shape)
     steps = len(data) if config.steps is None else min(len(data), config.steps)
 
-    trainable, frozen = partition(params, config.freeze)
-    frozen = jax.device_put(frozen)
+    frozen = place_params(mesh, frozen, donate=False)
     optimizer = make_optimizer(config, steps)
+    shardings = state_shardings(mesh, optimizer, trainable)
     identity = {
         **{f"fit.{key}": value for key, value in config.fingerprint().items()},
         "model_config": stable_hash(asdict(model_config)),
@@ -131,17 +157,30 @@ def fit(
         **fingerprint,
     }
     memory = Memory()
-    with Checkpointer(directory / "checkpoints", identity, config.keep) as checkpointer:
-        restored = checkpointer.restore(_like(trainable, optimizer))
+    retention = Retention(config.keep, config.keep_every)
+    with Checkpointer(directory / "checkpoints", identity, retention, config.checkpoint_async) as checkpointer:
+        restored = checkpointer.restore(_like(trainable, optimizer, shardings))
         if restored is None:
-            state = initial_state(optimizer, trainable)
+            state = initial_state(mesh, optimizer, trainable)
         else:
             state, memory = restored[0], Memory.from_json(restored[1])
             for leaf in trainable.values():
                 leaf.delete()
         if int(state.step) < steps and not memory.stopped_early:
-            run = _Run(config, model_config, coefficients, steps, data, validation_data, frozen, progress)
-            state = run.go(state, memory, checkpointer, directory, started)
+            run = _Run(
+                config,
+                model_config,
+                directory,
+                coefficients,
+                steps,
+                mesh,
+                shardings,
+                data,
+                validation_data,
+                frozen,
+                progress,
+            )
+            state = run.go(state, memory, checkpointer, started)
     return FitResult(
         params=merge(state.params, frozen),
         steps=int(state.step),
@@ -165,23 +204,33 @@ def examples_hash(examples: Sequence[Example]) -> str:
     return digest.hexdigest()[:24]
 
 
-def _like(trainable: FlatParams, optimizer: Any) -> TrainState:
+def _like(trainable: FlatParams, optimizer: Any, shardings: Shardings) -> TrainState:
     """Shapes, dtypes and placement of the state, without its memory."""
-    shapes = jax.eval_shape(lambda tree: initial_state(optimizer, tree), trainable)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes)
+    shapes = jax.eval_shape(
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), trainable
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 @contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; outside of the main thread Python cannot handle signals and it stays unset."""
+def _sigterm() -> Iterator[Callable[[int], bool]]:
+    """Whether to stop after a step because SIGTERM came; every step has to ask.
+
+    With several processes JAX itself handles the signal: the one that gets it makes all of them stop after the same
+    step. Outside of the main thread Python cannot handle signals and nothing ever stops.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield received
+        yield lambda step: False
         return
     previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
     try:
-        yield received
+        yield lambda step: received.is_set()
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -192,47 +241,58 @@ class _Run:
 
     config: FitConfig
     model: ModelConfig
+    directory: Path
     coefficients: Mapping[str, float]
     steps: int
+    mesh: Mesh
+    shardings: Shardings
     data: PackedBatches
     validation: PackedBatches | None
     frozen: FlatParams
     progress: Progress | None
 
-    def go(
-        self, state: TrainState, memory: Memory, checkpointer: Checkpointer, directory: Path, started: float
-    ) -> TrainState:
+    def go(self, state: TrainState, memory: Memory, checkpointer: Checkpointer, started: float) -> TrainState:
         """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
-        step = make_step(self.config, self.model, self.coefficients, self.steps)
-        evaluate = make_evaluation(self.config, self.model, self.coefficients)
+        step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings)
+        evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh)
         first, before = int(state.step), memory.seconds
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
-        with MetricsLog(directory, first) as log, _sigterm() as terminated:
-            for number, batch in enumerate(self.data.iterate(first, self.steps), first + 1):
+        with MetricsLog(self.directory, first) as log, _sigterm() as terminates:
+            for number, batch in enumerate(self._batches(self.data, first, self.steps), first + 1):
                 state, metrics = step(state, self.frozen, batch)
                 if late is not None:
                     log.write(self._account(*late, memory, checkpointer))
                 late = (number, metrics)
                 last = number == self.steps
+                stops = terminates(number)
                 evaluates = self.validation is not None and (number % (self.config.eval_every or 1) == 0 or last)
-                saves = number % self.config.checkpoint_every == 0 or last
-                if not (evaluates or saves or terminated.is_set()):
+                saves = last or any(
+                    every is not None and number % every == 0
+                    for every in (self.config.checkpoint_every, self.config.keep_every)
+                )
+                if not (evaluates or saves or stops):
                     continue
                 record = self._account(*late, memory, checkpointer)
                 late = None
                 if evaluates:
                     record["validation_loss"] = self._validate(evaluate, state.params, number)
                     memory.note_validation(number, record["validation_loss"], self.config)
+                best = memory.best_step if self.config.keep_best else None
                 log.write(record)
                 memory.seconds = before + time.monotonic() - started
-                stops = terminated.is_set()
-                if saves or memory.stopped_early or stops:
-                    checkpointer.save(state, memory.to_json())
+                if saves or best == number or memory.stopped_early or stops:
+                    checkpointer.save(state, memory.to_json(), best)
                 if stops:
                     raise SystemExit(143)
                 if memory.stopped_early:
                     break
         return state
+
+    def _batches(self, data: PackedBatches, start: int, stop: int) -> Iterator[Any]:
+        """Batches on the mesh, of each of which this process reads its own rows only."""
+        rows = self.config.rows
+        for batch in data.iterate(start, stop, local_rows(self.mesh, rows)):
+            yield place_batch(self.mesh, batch, rows)
 
     def _account(
         self, number: int, metrics: Mapping[str, Any], memory: Memory, checkpointer: Checkpointer
@@ -242,10 +302,11 @@ class _Run:
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             saved = checkpointer.latest
             kept = "there is no checkpoint yet" if saved is None else f"the last checkpoint is that of step {saved}"
+            dump = self._dump(number)
             raise AgentArkError(
                 f"step {number}: the loss is {values['loss']} and the gradient norm {values['gradient_norm']}; the "
-                f"batch has the questions {', '.join(self.data.question_ids(number - 1))}. Nothing of this step was "
-                f"saved ({kept} in {checkpointer.directory}). Look at these examples, or lower learning_rate"
+                f"batch has the questions {', '.join(self.data.question_ids(number - 1))} and is in {dump}. Nothing of "
+                f"this step was saved ({kept} in {checkpointer.directory}). Look at the batch, or lower learning_rate"
             )
         memory.tokens += int(values["tokens"])
         memory.loss_tokens += int(values["loss_tokens"])
@@ -254,11 +315,19 @@ class _Run:
             self.progress(number, self.steps, memory.tokens)
         return {"step": number, **dict(sorted(values.items()))}
 
+    def _dump(self, number: int) -> Path:
+        """Writes the whole batch of a step for inspection: `ids`, `positions`, `segment_ids` and `weights.<term>`."""
+        path = self.directory / f"not_finite_step_{number}.npz"
+        if jax.process_index() == 0:
+            with atomic_path(path) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **flatten_dict(self.data.batch(number - 1), sep="."))
+        return path
+
     def _validate(self, evaluate: Callable[..., Any], params: FlatParams, number: int) -> float:
         """Σ coefficient · Σ weight·nll / Σ weight over all validation examples."""
         assert self.validation is not None
         sums, totals = dict.fromkeys(self.coefficients, 0.0), dict.fromkeys(self.coefficients, 0.0)
-        for batch in self.validation.iterate(0, len(self.validation)):
+        for batch in self._batches(self.validation, 0, len(self.validation)):
             batch_sums, batch_totals = jax.device_get(evaluate(params, self.frozen, batch))
             for term in self.coefficients:
                 sums[term] += float(batch_sums[term])

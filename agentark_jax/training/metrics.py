@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+import jax
 from tensorboardX import SummaryWriter
 
 from agentark_jax.errors import AgentArkError
@@ -12,10 +13,16 @@ from agentark_jax.files import write_text
 
 
 class MetricsLog:
-    """Writes below `directory`, after dropping the lines of steps after `step` (they are about to be repeated)."""
+    """Writes below `directory`, after dropping the lines of steps after `step` (they are about to be repeated).
+
+    Of several processes the first one writes; the others' logs do nothing.
+    """
 
     def __init__(self, directory: Path, step: int) -> None:
         self._path = directory / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _truncate(self._path, step)
@@ -26,6 +33,8 @@ class MetricsLog:
 
     def write(self, record: Mapping[str, float]) -> None:
         """One line, on disk when this returns (as far as a killed process is concerned), and one event per value."""
+        if not self._writes:
+            return
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -41,8 +50,9 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._events.close()
-        self._file.close()
+        if self._writes:
+            self._events.close()
+            self._file.close()
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from agentark_jax.errors import UsageError
+from agentark_jax.models.sharding import replicated
 from agentark_jax.training.config import FitConfig
+from agentark_jax.training.mesh import param_shardings, place_params
 
 FlatParams = dict[str, Array]
+Shardings = Any  # a TrainState with a NamedSharding at every leaf
 
 
 class TrainState(NamedTuple):
@@ -85,7 +89,28 @@ def make_optimizer(config: FitConfig, steps: int) -> optax.GradientTransformatio
     )
 
 
-def initial_state(optimizer: optax.GradientTransformation, trainable: FlatParams) -> TrainState:
-    """Step 0. The parameters are the given arrays themselves, which the first step (it donates its state) uses up."""
-    params = {path: jnp.asarray(leaf) for path, leaf in trainable.items()}
-    return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, trainable: Mapping[str, Any]) -> Shardings:
+    """Where the state of the flat `trainable` (arrays or shapes) lives: what belongs to a parameter, where that is."""
+    by_path = param_shardings(mesh, trainable)
+    everywhere = replicated(mesh)
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        return by_path.get(str(getattr(path[-1], "key", "")), everywhere) if leaf.ndim else everywhere
+
+    shapes = jax.eval_shape(optimizer.init, dict(trainable))
+    placed: tuple[Any, Any, Any] = (everywhere, by_path, jax.tree_util.tree_map_with_path(of_leaf, shapes))
+    return TrainState(*placed)
+
+
+def initial_state(mesh: Mesh, optimizer: optax.GradientTransformation, trainable: FlatParams) -> TrainState:
+    """Step 0 on the mesh. The given arrays are used up: they, or what was moved to other devices, are the parameters
+    that the first step (it donates its state) overwrites.
+    """
+    shardings = state_shardings(mesh, optimizer, trainable)
+
+    def zero(params: FlatParams) -> tuple[Array, Any]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params)
+
+    params = place_params(mesh, trainable, donate=True)
+    step, optimizer_state = jax.jit(zero, out_shardings=(shardings.step, shardings.optimizer))(params)
+    return TrainState(step, params, optimizer_state)

@@ -1,0 +1,151 @@
+"""What test_mesh.py runs in processes of their own: `python mesh_worker.py eight|two directory`.
+
+Results are written as npz and JSON below the directory; nothing is asserted here.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import test_training as t
+from jax.experimental import multihost_utils
+
+from agentark_jax.data import loader
+from agentark_jax.training import distributed
+from agentark_jax.training.config import MeshConfig
+from agentark_jax.training.loop import fit
+from agentark_jax.training.mesh import local_rows, make_mesh, place_batch, place_params
+from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
+from agentark_jax.training.step import make_step
+
+TIED = replace(t.MODEL, vocab_size=64, num_heads=4, num_kv_heads=1)  # one key/value head: it cannot be divided
+UNTIED = replace(
+    TIED, num_kv_heads=2, tie_embeddings=False, attention_bias=True, qk_norm=False, sandwich_norms=False,
+    final_softcap=None, layer_types=("sliding_attention", "full_attention", "sliding_attention"),
+)  # fmt: skip
+WIDE = replace(t.MODEL, vocab_size=256, hidden_size=64, intermediate_size=512)
+MESHES = {"data": (8, 1, 1), "data_fsdp": (2, 4, 1), "all": (2, 2, 2)}
+CONFIG = replace(t.CONFIG, rows=8, epochs=4, checkpoint_every=4)
+EXAMPLES = t.make_examples(40)
+INTERRUPTED_AT = 5
+
+
+def three_steps(model, shape, accumulation=1):
+    """{name: array} after steps: losses, the gradients' first moments after one step, parameters after three."""
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    config = replace(CONFIG, rows=16, accumulation=accumulation)
+    trainable, frozen = partition(t.make_params(model), config.freeze)
+    optimizer = make_optimizer(config, 10)
+    shardings = state_shardings(mesh, optimizer, trainable)
+    state = initial_state(mesh, optimizer, trainable)
+    step = make_step(config, model, t.COEFFICIENTS, 10, shardings)
+    found = {}
+    data = loader.packed_batches(EXAMPLES, seed=0, epochs=3, rows=16, row_length=24)
+    for number, batch in enumerate(data.iterate(0, 3, local_rows(mesh, 16))):
+        state, metrics = step(state, place_params(mesh, frozen, donate=False), place_batch(mesh, batch, 16))
+        for name in ("loss", "nll/answer", "gradient_norm", "tokens", "loss_tokens"):
+            found[f"{name} {number}"] = np.asarray(metrics[name])
+        if number == 0:
+            moments = optax.tree.get(state.optimizer, "mu")
+            found |= {f"moment {path}": np.asarray(leaf) for path, leaf in moments.items()}
+    assert step._cache_size() == 1
+    return found | {f"param {path}": np.asarray(leaf) for path, leaf in state.params.items()}
+
+
+def state_bytes():
+    """(bytes of the whole state, bytes on each device) of a model on eight fsdp devices."""
+    mesh = make_mesh(MeshConfig())
+    trainable, _ = partition(t.make_params(WIDE), [])
+    leaves = jax.tree.leaves(initial_state(mesh, make_optimizer(CONFIG, 10), trainable))
+    held = dict.fromkeys(map(str, jax.devices()), 0)
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            held[str(shard.device)] += shard.data.nbytes
+    return sum(leaf.nbytes for leaf in leaves), list(held.values())
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(done, total, tokens):
+    if done >= INTERRUPTED_AT:
+        raise Interrupted
+
+
+def run(directory, mesh, progress=None):
+    """One fit; its history and parameters, whole, or None if it is interrupted."""
+    config = replace(CONFIG, mesh=MeshConfig(*mesh))
+    arguments = {"seed": 7, "fingerprint": {"model": "tiny"}, "directory": directory, "progress": progress}
+    try:
+        result = fit(config, TIED, t.make_params(TIED), EXAMPLES, **arguments)
+    except Interrupted:
+        return None
+    trainable, _ = partition(result.params, [])
+    params = {
+        path: np.asarray(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
+        for path, leaf in trainable.items()
+    }
+    return {"history": np.asarray(result.history), "tokens": np.asarray(result.tokens), **params}
+
+
+def eight(directory):
+    for name, model in (("tied", TIED), ("untied", UNTIED)):
+        np.savez(directory / f"{name}_one.npz", **three_steps(model, (1, 1, 1)))
+        for mesh, shape in MESHES.items():
+            if name == "tied" or mesh == "all":
+                found = three_steps(model, shape, accumulation=2 if mesh == "all" else 1)
+                np.savez(directory / f"{name}_{mesh}.npz", **found)
+    total, held = state_bytes()
+    (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))
+    np.savez(directory / "whole.npz", **run(directory / "whole", (2, 2, 2)))
+    run(directory / "same", (2, 2, 2), interrupt)
+    np.savez(directory / "same.npz", **run(directory / "same", (2, 2, 2)))
+    for name in ("to_one", "to_two"):
+        run(directory / name, (1, 8, 1), interrupt)
+
+
+def terminated(directory):
+    """The exit code of a fit in which one of the processes gets SIGTERM."""
+
+    def progress(done, total, tokens):
+        if done == 2 and jax.process_index() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if done >= 2:
+            time.sleep(0.5)  # the others must hear of it before the last step
+
+    try:
+        run(directory, (1, 4, 1), progress)
+    except SystemExit as stop:
+        return stop.code
+
+
+def two(directory):
+    distributed.initialize()
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+    packed = []
+    original = loader.pack_row
+
+    def pack_row(examples, **arguments):
+        packed.append(len(examples))
+        return original(examples, **arguments)
+
+    loader.pack_row = pack_row
+    found = run(directory / "two", (2, 2, 1))
+    read = len(packed)
+    resumed = run(directory / "to_two", (1, 2, 2))
+    if jax.process_index() == 0:
+        np.savez(directory / "two.npz", rows_read=read, **found)
+        np.savez(directory / "to_two.npz", **resumed)
+    sys.exit(terminated(directory / "terminated"))
+
+
+if __name__ == "__main__":
+    {"eight": eight, "two": two}[sys.argv[1]](Path(sys.argv[2]))
