@@ -12,7 +12,7 @@ import numpy as np
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import ModelConfig, load_config
-from benchmarks.flops import Flops, decode_bytes, decode_flops, prefill_flops
+from agentark_jax.models.flops import Flops, decode_bytes, decode_flops, prefill_flops
 from benchmarks.inputs import prompts as make_prompts
 from benchmarks.results import MACHINE, Check, Result, environment, rates_of, ratios_of, rows_of
 from benchmarks.workers import Reply, Side, interleaved

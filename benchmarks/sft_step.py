@@ -13,7 +13,7 @@ import numpy as np
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import load_config
-from benchmarks.flops import Flops, sft_flops
+from agentark_jax.models.flops import Flops, sft_flops
 from benchmarks.inputs import first_loss_position
 from benchmarks.results import MACHINE, Check, Group, Result, environment, rates_of, ratios_of, rows_of
 from benchmarks.workers import Reply, Side, interleaved
@@ -84,7 +84,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
 
     def flops(side: str) -> Flops:
         return sft_flops(
-            config, batch=sizes.batch, length=sizes.length, loss_tokens=loss_tokens, train_head=side != FROZEN
+            config, lengths=[sizes.length] * sizes.batch, loss_tokens=loss_tokens, train_head=side != FROZEN
         )
 
     def floor_seconds(side: str, able: Reply) -> float:

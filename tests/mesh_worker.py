@@ -37,10 +37,10 @@ EXAMPLES = t.make_examples(40)
 INTERRUPTED_AT = 5
 
 
-def three_steps(model, shape, accumulation=1):
+def three_steps(model, shape, **changes):
     """{name: array} after steps: losses, the gradients' first moments after one step, parameters after three."""
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    config = replace(CONFIG, rows=16, accumulation=accumulation)
+    config = replace(CONFIG, rows=16, **changes)
     trainable, frozen = partition(t.make_params(model), config.freeze)
     optimizer = make_optimizer(config, 10)
     shardings = state_shardings(mesh, optimizer, trainable)
@@ -101,7 +101,8 @@ def eight(directory):
         np.savez(directory / f"{name}_one.npz", **three_steps(model, (1, 1, 1)))
         for mesh, shape in MESHES.items():
             if name == "tied" or mesh == "all":
-                found = three_steps(model, shape, accumulation=2 if mesh == "all" else 1)
+                changes = {"accumulation": 2, "remat": "outputs"} if mesh == "all" else {}
+                found = three_steps(model, shape, **changes)
                 np.savez(directory / f"{name}_{mesh}.npz", **found)
     total, held = state_bytes()
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))

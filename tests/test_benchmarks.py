@@ -12,12 +12,13 @@ import pytest
 
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models import flops
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import save_pretrained
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
-from benchmarks import flops, generation, results, run, sft_step
+from benchmarks import generation, results, run, sft_step
 from benchmarks.inputs import first_loss_position, prompts, sft_ids
 from benchmarks.workers import ROOT, Side, Worker, interleaved
 
@@ -84,7 +85,7 @@ def loss_at(peer, positions: slice):
 @pytest.mark.parametrize("loss_tokens_per_row", [LENGTH, 7])
 def test_training_flops_are_those_torch_counts(peer, loss_tokens_per_row):
     counted = torch_counts(lambda: loss_at(peer, slice(0, loss_tokens_per_row)).backward())
-    ours = flops.sft_flops(CONFIG, batch=BATCH, length=LENGTH, loss_tokens=BATCH * loss_tokens_per_row, train_head=True)
+    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=BATCH * loss_tokens_per_row, train_head=True)
     assert ours["trunk"] + ours["head"] == counted.mm
     # Torch multiplies all pairs of positions; counted are those that the masks allow.
     allowed = brute_force_pairs(LENGTH)
@@ -97,7 +98,7 @@ def test_a_frozen_head_saves_its_own_gradient(peer):
         frozen = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
     finally:
         peer.lm_head.weight.requires_grad_(True)
-    ours = flops.sft_flops(CONFIG, batch=BATCH, length=LENGTH, loss_tokens=7 * BATCH, train_head=False)
+    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=7 * BATCH, train_head=False)
     assert ours["trunk"] + ours["head"] == frozen.mm
 
 

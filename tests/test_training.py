@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.loop import Memory, fit
 from agentark_jax.training.mesh import make_mesh
+from agentark_jax.training.metrics import StepClock
+from agentark_jax.training.peaks import peak_flops
 from agentark_jax.training.state import (
     TrainState,
     initial_state,
@@ -112,6 +115,12 @@ def make_params(model=MODEL):
 @pytest.fixture(scope="module")
 def params():
     return make_params()
+
+
+def metrics_of(directory):
+    """The lines of metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "timing"} for line in lines]
 
 
 def run_fit(directory, params, config=CONFIG, **changes):
@@ -398,8 +407,7 @@ def test_a_run_killed_at_random_steps_resumes_bit_by_bit(params, tmp_path):
         undisturbed.tokens,
         undisturbed.loss_tokens,
     )
-    lines = [(path / "metrics.jsonl").read_text() for path in (directory, tmp_path / "whole")]
-    assert lines[0] == lines[1]
+    assert metrics_of(directory) == metrics_of(tmp_path / "whole")
 
 
 def test_sigterm_saves_and_exits_with_143(params, tmp_path):
@@ -455,6 +463,36 @@ def test_retention_keeps_the_newest_the_best_and_every_so_many(params, tmp_path)
     assert kept(interrupted) == kept(tmp_path / "sync")
     assert_identical(resumed.params, result.params)
     assert (resumed.history, resumed.validation_history) == (result.history, result.validation_history)
+
+
+def test_metrics_time_and_profile(params, tmp_path):
+    run_fit(tmp_path, params, replace(CONFIG, steps=3, profile_steps=[2, 3]))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        timing = line["timing"]
+        assert line["pad_fraction"] == pytest.approx(1 - line["tokens"] / (2 * 24))
+        assert timing["step_seconds"] == pytest.approx(timing["data_wait_seconds"] + timing["compute_seconds"])
+        assert timing["tokens_per_second"] == pytest.approx(line["tokens"] / timing["step_seconds"])
+        assert "mfu" not in timing  # no CPU is in the table of peaks
+    assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+
+    clock = StepClock(peak_flops=1e12)
+    for _ in clock.waiting(iter([0.02, 0.02])):
+        time.sleep(0.01)
+    timing = clock.lap(tokens=100, flops=10**9)
+    assert timing["mfu"] == pytest.approx(1e9 / timing["step_seconds"] / 1e12)
+    assert 0.02 <= timing["step_seconds"] < 1
+
+
+def test_peaks():
+    def devices(*kinds):
+        return [SimpleNamespace(device_kind=kind) for kind in kinds]
+
+    assert peak_flops(devices("TPU v5 lite")) == 197e12
+    assert peak_flops(devices("TPU v5p", "TPU v5p")) == 2 * 459e12
+    assert peak_flops(devices("NVIDIA H100 80GB HBM3")) == 989e12
+    assert peak_flops(devices("NVIDIA L40S")) == 362e12
+    assert peak_flops(devices("TPU v4", "cpu")) is None
 
 
 def test_memory_survives_json():
@@ -587,6 +625,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"schedule": "step"}, "schedule: 'step'"),
         ({"patience": 2}, "patience: 2 .*eval_every"),
         ({"keep_best": True}, "keep_best: True .*eval_every"),
+        ({"profile_steps": [3, 2]}, r"profile_steps: \[3, 2\]"),
         ({"keep_every": 0}, "keep_every: 0"),
         ({"warmup_fraction": 1.0}, "warmup_fraction: 1.0"),
         ({"steps": 0}, "steps: 0"),

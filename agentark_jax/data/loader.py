@@ -57,6 +57,10 @@ class PackedBatches:
         """The questions whose examples are in batch `step` (from 0)."""
         return sorted({self.examples[index].question_id for row in self.plan[step] for index in row})
 
+    def lengths(self, step: int) -> list[int]:
+        """How many tokens each example in batch `step` (from 0) has."""
+        return [len(self.examples[index].ids) for row in self.plan[step] for index in row]
+
     def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         """Batch `step` (from 0), or only these of its rows."""
         chosen = range(len(self.plan[step])) if rows is None else rows

@@ -11,7 +11,7 @@ Schedule = Literal["cosine", "linear", "constant"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
 # They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
-BOOKKEEPING = ("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async", "mesh")
+BOOKKEEPING = ("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async", "mesh", "profile_steps")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class FitConfig:
             inputs of the layers.
         compute_dtype: in what the network computes: float32 or bfloat16. Parameters, optimizer state, gradients, norms,
             softmax and loss are float32 either way.
+        profile_steps: the first and the last step of which a profiler trace is written to `profile/` (TensorBoard,
+            XProf or Perfetto show it); empty for none.
         mesh: how the devices are divided; changes no result beyond the order of floating-point sums.
     """
 
@@ -104,6 +106,7 @@ class FitConfig:
     min_improvement: float = 0.0
     remat: Remat = "products"
     compute_dtype: ComputeDtype = "float32"
+    profile_steps: list[int] = field(default_factory=list)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,13 @@ class FitConfig:
             "null when eval_every is null; set eval_every to stop early",
         )
 
+        profiled = self.profile_steps
+        _require(
+            not profiled or (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]),
+            "profile_steps",
+            profiled,
+            "empty, or a first and a last step such as [10, 12]",
+        )
         _require(
             not self.keep_best or self.eval_every is not None,
             "keep_best",

@@ -6,7 +6,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +22,13 @@ from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import atomic_path
 from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.flops import sft_flops
 from agentark_jax.records import Example, ids_hash, stable_hash
 from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, local_rows, make_mesh, place_batch, place_params
-from agentark_jax.training.metrics import MetricsLog
+from agentark_jax.training.metrics import MetricsLog, StepClock
+from agentark_jax.training.peaks import peak_flops
 from agentark_jax.training.state import (
     FlatParams,
     Shardings,
@@ -256,12 +258,20 @@ class _Run:
         step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings)
         evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh)
         first, before = int(state.step), memory.seconds
+        clock = StepClock(peak_flops(self.mesh.devices.flatten().tolist()))
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
-        with MetricsLog(self.directory, first) as log, _sigterm() as terminates:
-            for number, batch in enumerate(self._batches(self.data, first, self.steps), first + 1):
+        profile_from, profile_to = self.config.profile_steps or (0, 0)
+        profile_from = max(profile_from, first + 1) if profile_to > first else 0
+        with MetricsLog(self.directory, first) as log, _sigterm() as terminates, ExitStack() as profile:
+            for number, batch in enumerate(clock.waiting(self._batches(self.data, first, self.steps)), first + 1):
+                if number == profile_from:
+                    profile.enter_context(jax.profiler.trace(str(self.directory / "profile")))
                 state, metrics = step(state, self.frozen, batch)
+                if number == profile_to:
+                    jax.block_until_ready(metrics)
+                    profile.close()
                 if late is not None:
-                    log.write(self._account(*late, memory, checkpointer))
+                    log.write(self._account(*late, memory, checkpointer, clock))
                 late = (number, metrics)
                 last = number == self.steps
                 stops = terminates(number)
@@ -272,7 +282,7 @@ class _Run:
                 )
                 if not (evaluates or saves or stops):
                     continue
-                record = self._account(*late, memory, checkpointer)
+                record = self._account(*late, memory, checkpointer, clock)
                 late = None
                 if evaluates:
                     record["validation_loss"] = self._validate(evaluate, state.params, number)
@@ -286,6 +296,7 @@ class _Run:
                     raise SystemExit(143)
                 if memory.stopped_early:
                     break
+                clock.restart()
         return state
 
     def _batches(self, data: PackedBatches, start: int, stop: int) -> Iterator[Any]:
@@ -295,8 +306,8 @@ class _Run:
             yield place_batch(self.mesh, batch, rows)
 
     def _account(
-        self, number: int, metrics: Mapping[str, Any], memory: Memory, checkpointer: Checkpointer
-    ) -> dict[str, float]:
+        self, number: int, metrics: Mapping[str, Any], memory: Memory, checkpointer: Checkpointer, clock: StepClock
+    ) -> dict[str, Any]:
         """Fetches a step's metrics, refuses numbers that are not finite, and books the rest."""
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
@@ -313,7 +324,15 @@ class _Run:
         memory.history.append((number, values["loss"]))
         if self.progress is not None:
             self.progress(number, self.steps, memory.tokens)
-        return {"step": number, **dict(sorted(values.items()))}
+        values["pad_fraction"] = 1 - values["tokens"] / (self.config.rows * self.config.row_length)
+        work = sft_flops(
+            self.model,
+            lengths=self.data.lengths(number - 1),
+            loss_tokens=int(values["loss_tokens"]),
+            train_head=("embedding" if self.model.tie_embeddings else "unembedding") in self.shardings.params,
+        )
+        timing = clock.lap(int(values["tokens"]), sum(work.values()))
+        return {"step": number, **dict(sorted(values.items())), "timing": timing}
 
     def _dump(self, number: int) -> Path:
         """Writes the whole batch of a step for inspection: `ids`, `positions`, `segment_ids` and `weights.<term>`."""

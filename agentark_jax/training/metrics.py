@@ -1,15 +1,20 @@
 """What a fit reports while it runs: `metrics.jsonl`, one line per step, and TensorBoard events."""
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any, TypeVar
 
 import jax
+from flax.traverse_util import flatten_dict
 from tensorboardX import SummaryWriter
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.files import write_text
+
+T = TypeVar("T")
 
 
 class MetricsLog:
@@ -31,8 +36,12 @@ class MetricsLog:
         except OSError as error:
             raise _unwritable(self._path, error) from error
 
-    def write(self, record: Mapping[str, float]) -> None:
-        """One line, on disk when this returns (as far as a killed process is concerned), and one event per value."""
+    def write(self, record: Mapping[str, Any]) -> None:
+        """One line, on disk when this returns (as far as a killed process is concerned), and one event per value.
+
+        What depends on the clock stands apart, in the dict `timing` of the record: everything else is the same in every
+        run.
+        """
         if not self._writes:
             return
         try:
@@ -40,7 +49,7 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise _unwritable(self._path, error) from error
-        for name, value in record.items():
+        for name, value in flatten_dict(record, sep="/").items():
             if name != "step":
                 self._events.add_scalar(name, value, int(record["step"]))
 
@@ -53,6 +62,48 @@ class MetricsLog:
         if self._writes:
             self._events.close()
             self._file.close()
+
+
+class StepClock:
+    """Splits the wall time between the ends of two steps into waiting for data and the rest, computing.
+
+    A step's metrics are fetched while the next one runs, so what is counted as waiting is what really held steps up.
+    """
+
+    def __init__(self, peak_flops: float | None) -> None:
+        """`peak_flops` is the FLOP/s of all devices; None leaves the utilisation out."""
+        self._peak = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """The time since the last step was spent on something else: an evaluation, a checkpoint."""
+        self._since, self._waited = time.monotonic(), 0.0
+
+    def waiting(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches; the time that each takes to come is counted as waiting."""
+        while True:
+            asked = time.monotonic()
+            batch = next(batches, None)
+            self._waited += time.monotonic() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def lap(self, tokens: int, flops: int) -> dict[str, float]:
+        """The timing of the step that just ended, in which `tokens` without padding needed `flops`.
+
+        `mfu` is model FLOPs utilisation (arXiv 2204.02311 appendix B, but with attention's real masks and the head only
+        where there is loss): `flops` per second over the devices' peak.
+        """
+        seconds, waited = time.monotonic() - self._since, self._waited
+        self.restart()
+        timing = {
+            "step_seconds": seconds,
+            "data_wait_seconds": min(waited, seconds),
+            "compute_seconds": max(seconds - waited, 0.0),
+            "tokens_per_second": tokens / seconds,
+        }
+        return timing if self._peak is None else {**timing, "mfu": flops / seconds / self._peak}
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -37,14 +37,25 @@ def attention_flops(config: ModelConfig, positions: Iterable[int]) -> int:
     return 4 * config.num_heads * config.head_dim * pairs
 
 
-def sft_flops(config: ModelConfig, *, batch: int, length: int, loss_tokens: int, train_head: bool) -> Flops:
-    """One training step on `batch` rows of one sequence of `length` tokens, `loss_tokens` of all with loss.
+def sequence_attention_flops(config: ModelConfig, length: int) -> int:
+    """`attention_flops` of all positions of a sequence."""
+    pairs = 0
+    for kind in config.layer_types:
+        window = config.window(kind)
+        growing = length if window is None else min(length, window)
+        pairs += growing * (growing + 1) // 2 + (length - growing) * growing
+    return 4 * config.num_heads * config.head_dim * pairs
 
-    A head that is not trained needs two products per loss token (scores, gradient of the hidden state), not three.
+
+def sft_flops(config: ModelConfig, *, lengths: Sequence[int], loss_tokens: int, train_head: bool) -> Flops:
+    """One training step on sequences of these lengths, `loss_tokens` of all their tokens with loss.
+
+    Packed or not makes no difference, and padding is no work. Layers count as trained, frozen or not. A head that is
+    not trained needs two products per loss token (scores, gradient of the hidden state), not three.
     """
     return {
-        "trunk": 6 * matmul_params(config) * batch * length,
-        "attention": 3 * batch * attention_flops(config, range(length)),
+        "trunk": 6 * matmul_params(config) * sum(lengths),
+        "attention": 3 * sum(sequence_attention_flops(config, length) for length in lengths),
         "head": (6 if train_head else 4) * head_params(config) * loss_tokens,
     }
 
@@ -53,7 +64,7 @@ def prefill_flops(config: ModelConfig, lengths: Sequence[int]) -> Flops:
     """Keys and values of all tokens of prompts with these lengths but the last one, which the first step reads."""
     return {
         "trunk": 2 * matmul_params(config) * sum(length - 1 for length in lengths),
-        "attention": sum(attention_flops(config, range(length - 1)) for length in lengths),
+        "attention": sum(sequence_attention_flops(config, length - 1) for length in lengths),
     }
 
 
