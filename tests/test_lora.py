@@ -112,7 +112,7 @@ def test_a_float32_adapter_stands_beside_a_bfloat16_base(base: transformer.Param
 def test_every_adapter_has_a_gradient(base: transformer.Params) -> None:
     def loss(adapter: transformer.Params) -> jax.Array:
         params = join(base, adapter)
-        h = transformer.hidden_states(ADAPTED, params, IDS, POSITIONS, None, True)
+        h = transformer.hidden_states(ADAPTED, params, IDS, POSITIONS, None, "full")
         return jnp.sum(jnp.square(transformer.logits(ADAPTED, params, h)))
 
     for path, leaf in flatten_dict(jax.jit(jax.grad(loss))(trained(ADAPTED))).items():

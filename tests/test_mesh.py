@@ -83,11 +83,13 @@ def assert_equal_up_to(actual, expected, tolerance):
 @pytest.mark.parametrize("name", ["tied_data", "tied_data_fsdp", "tied_all", "untied_all"])
 def test_losses_gradients_and_steps_of_eight_devices_equal_those_of_one(eight, name):
     expected = dict(np.load(eight / f"{name.split('_')[0]}_one.npz"))
-    for path in [path for path in expected if path.startswith("param") and path.endswith("key_bias")]:
-        # Softmax hardly notices a bias of all keys: its gradient, still compared, is next to nothing, and Adam blows
-        # its last digits up to a whole step.
-        del expected[path]
-    assert_equal_up_to(np.load(eight / f"{name}.npz"), expected, 1e-5)
+    found = np.load(eight / f"{name}.npz")
+    # Adam divides gradients by their own size, so where one is next to nothing its last digits become part of a step;
+    # a bias of all keys, which softmax hardly notices, has no other gradient.
+    stepped = {path: value for path, value in expected.items() if path.startswith("param")}
+    computed = {path: value for path, value in expected.items() if path not in stepped}
+    assert_equal_up_to(found, computed, 1e-5)
+    assert_equal_up_to(found, {path: stepped[path] for path in stepped if not path.endswith("key_bias")}, 1e-4)
 
 
 def test_fsdp_divides_the_state(eight):
