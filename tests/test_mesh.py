@@ -90,6 +90,14 @@ def test_losses_gradients_and_steps_of_eight_devices_equal_those_of_one(eight, n
     assert_equal_up_to(np.load(eight / f"{name}.npz"), expected, 1e-5)
 
 
+def test_the_loss_exchanges_the_head_and_its_gradient_and_no_hidden_state(eight):
+    found = json.loads((eight / "collectives.json").read_text())
+    gathered = [shape for kind, shape in found if kind == "all-gather"]
+    assert gathered == ["48,16"]  # the head, whole; hidden states would be 64,16 or 16,16
+    assert {shape for _, shape in found} <= {"48,16", "48,4", ""}  # the head, its gradient's parts, the sum
+    assert not {kind for kind, _ in found} & {"all-to-all", "collective-permute"}
+
+
 def test_fsdp_divides_the_state(eight):
     found = json.loads((eight / "bytes.json").read_text())
     assert len(found["held"]) == 8
