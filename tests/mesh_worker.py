@@ -144,7 +144,7 @@ def terminated(directory):
             time.sleep(0.5)  # the others must hear of it before the last step
 
     try:
-        run(directory, (1, 4, 1), progress)
+        run(directory, (2, 2, 1), progress)
     except SystemExit as stop:
         return stop.code
 

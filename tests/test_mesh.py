@@ -60,8 +60,7 @@ def two(eight) -> Path:
         port = free.getsockname()[1]
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     children = [
-        start(2, eight / f"compiled{process}", "two", eight, **several, JAX_PROCESS_ID=str(process))
-        for process in range(2)
+        start(2, eight / "compiled", "two", eight, **several, JAX_PROCESS_ID=str(process)) for process in range(2)
     ]
     finish(*children, code=143)  # the last fit is one that is terminated
     return eight
