@@ -5,6 +5,7 @@ Results are written as npz and JSON below the directory; nothing is asserted her
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -12,12 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import test_training as t
 from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
+from agentark_jax.models.sharding import on_mesh, parameter_sharding, row_sharding
+from agentark_jax.objectives.chunked import chunked_nll
 from agentark_jax.training import distributed
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.loop import fit
@@ -71,6 +75,22 @@ def state_bytes():
     return sum(leaf.nbytes for leaf in leaves), list(held.values())
 
 
+def loss_collectives():
+    """(operation, shape) of all that devices exchange for the loss of [64, 16] hidden states and its gradients."""
+    mesh = make_mesh(MeshConfig(2, 4, 1))
+    rows, head = row_sharding(mesh), parameter_sharding("unembedding", (48, 16), mesh)
+
+    def loss(hidden, unembedding, targets, mask):
+        with on_mesh(mesh):
+            return chunked_nll(hidden, unembedding, targets, jnp.ones(64), mask, chunk_bytes=3 * 48 * 4)[0]
+
+    shapes = [((64, 16), jnp.float32, rows), ((48, 16), jnp.float32, head), ((64,), int, rows), ((64,), bool, rows)]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype, place in shapes]
+    text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile().as_text()
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return [[kind, shape] for shape, kind in re.findall(rf"= \w+\[([\d,]*)\]\S* ({kinds})\(", text)]
+
+
 class Interrupted(Exception):
     pass
 
@@ -105,6 +125,7 @@ def eight(directory):
                 found = three_steps(model, shape, **changes)
                 np.savez(directory / f"{name}_{mesh}.npz", **found)
     total, held = state_bytes()
+    (directory / "collectives.json").write_text(json.dumps(loss_collectives()))
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))
     np.savez(directory / "whole.npz", **run(directory / "whole", (2, 2, 2)))
     run(directory / "same", (2, 2, 2), interrupt)
@@ -123,7 +144,7 @@ def terminated(directory):
             time.sleep(0.5)  # the others must hear of it before the last step
 
     try:
-        run(directory, (1, 4, 1), progress)
+        run(directory, (2, 2, 1), progress)
     except SystemExit as stop:
         return stop.code
 

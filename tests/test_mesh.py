@@ -60,8 +60,7 @@ def two(eight) -> Path:
         port = free.getsockname()[1]
     several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     children = [
-        start(2, eight / f"compiled{process}", "two", eight, **several, JAX_PROCESS_ID=str(process))
-        for process in range(2)
+        start(2, eight / "compiled", "two", eight, **several, JAX_PROCESS_ID=str(process)) for process in range(2)
     ]
     finish(*children, code=143)  # the last fit is one that is terminated
     return eight
@@ -90,6 +89,14 @@ def test_losses_gradients_and_steps_of_eight_devices_equal_those_of_one(eight, n
     computed = {path: value for path, value in expected.items() if path not in stepped}
     assert_equal_up_to(found, computed, 1e-5)
     assert_equal_up_to(found, {path: stepped[path] for path in stepped if not path.endswith("key_bias")}, 1e-4)
+
+
+def test_the_loss_exchanges_the_head_and_its_gradient_and_no_hidden_state(eight):
+    found = json.loads((eight / "collectives.json").read_text())
+    gathered = [shape for kind, shape in found if kind == "all-gather"]
+    assert gathered == ["48,16"]  # the head, whole; hidden states would be 64,16 or 16,16
+    assert {shape for _, shape in found} <= {"48,16", "48,4", ""}  # the head, its gradient's parts, the sum
+    assert not {kind for kind, _ in found} & {"all-to-all", "collective-permute"}
 
 
 def test_fsdp_divides_the_state(eight):
