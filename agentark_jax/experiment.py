@@ -81,13 +81,14 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     """Write `results.json` and `report.html`; the results that they state.
 
     While no stage is redone the figures are those of the run that made them, so that a look at a finished run does not
-    rewrite how long it took.
+    rewrite how long it took, or by which revision it was made.
     """
     results = build_results(config, outcomes)
     path = config.directory / "results.json"
     if path.exists() and all(manifest.reused for outcome in outcomes for manifest in outcome.manifests):
         try:
-            results["timing"] = json.loads(path.read_text())["timing"]
+            before = json.loads(path.read_text())
+            results["timing"], results["run"]["git"] = before["timing"], before["run"]["git"]
         except (ValueError, KeyError, TypeError) as error:
             raise AgentArkError(f"{path}: damaged ({error}). Delete it and run again.") from error
     write_json(path, results)
