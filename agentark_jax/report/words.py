@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+from scipy import stats
+
 from agentark_jax.errors import AgentArkError
 
 SCHEMA = 1
@@ -100,12 +102,8 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     """95 % Wilson score interval of a share (Wilson 1927); (0, 1) without observations."""
     if total == 0:
         return 0.0, 1.0
-    z = 1.959963984540054
-    share = successes / total
-    centre = share + z * z / (2 * total)
-    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    interval = stats.binomtest(successes, total).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def arm_label(results: Mapping[str, Any], arm: str) -> str:
