@@ -217,6 +217,18 @@ def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             if wanted is None or questions[prediction.question_id].meta["steps"] == wanted
         ]
 
+    def gain(a: str, b: str, wanted: int) -> dict[str, Any]:
+        seeds = [
+            {
+                arm: [p for p in outcome.evaluated[arm].predictions if questions[p.question_id].meta["steps"] == wanted]
+                for arm in (a, b)
+            }
+            for outcome in outcomes
+        ]
+        found = summary.difference(seeds, a, b, "gain", level=level, resamples=config.evaluate.resamples)
+        in_points = {key: 100 * found[name] for key, name in (("y", "difference"), ("low", "low"), ("high", "high"))}
+        return {"x": wanted, **in_points, "n": found["n"]}
+
     votes = [majority for outcome in outcomes for majority in majorities(outcome.evaluated_debate)]
     rounds = sorted({majority.round for majority in votes})
     groups = [(f"{count} steps" if count > 1 else "1 step", count) for count in steps] if len(steps) > 1 else []
@@ -248,6 +260,15 @@ def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
                     "points": [summary.accuracy_point(count, right(name, count), level=level) for count in steps],
                 }
                 for name in ("base", STUDENT, CONTROL, "vote", "debate")
+            ],
+        }
+        curves["gains"] = {
+            "title": "Where debate helps: paired differences by number of arithmetic steps",
+            "x": "steps in the question",
+            "y": "difference in points",
+            "series": [
+                {"name": f"{a} − {b}", "points": [gain(a, b, count) for count in steps]}
+                for a, b in (("debate", "vote"), (STUDENT, CONTROL), (STUDENT, "base"))
             ],
         }
     if config.curve:
