@@ -25,7 +25,7 @@ from jaxtyping import Array, UInt32
 from agentark_jax.errors import AgentArkError
 from agentark_jax.training.state import TrainState
 
-FORMAT = 2
+FORMAT = 3
 # Where each checksum begins to count places, and an odd factor that spreads the bits of a count.
 _MIXERS = ((0x243F6A88, 0x21F0AAAD), (0x85A308D3, 0x735A2D97))
 _LIBRARIES = ("jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
@@ -108,7 +108,7 @@ class Checkpointer:
         )
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=_handlers())
         except OSError as error:
             raise AgentArkError(
                 f"{self.directory}: cannot keep checkpoints here ({error}); make the directory writable, free space, "
@@ -154,7 +154,7 @@ class Checkpointer:
             "memory": dict(memory),
         }
         record["record_sha256"] = _record_digest(record)
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state._asdict()), record=ocp.args.JsonSave(record))
+        arguments = ocp.args.Composite(state=ocp.args.PyTreeSave(state._asdict()), record=ocp.args.JsonSave(record))
         self._writing = step
         try:
             self._manager.save(step, args=arguments, force=True)
@@ -200,7 +200,9 @@ class Checkpointer:
             raise AgentArkError(damaged % " (the SHA-256 of its record does not match)")
         self._refuse_other(place, written, record["format"])
         try:
-            arguments = ocp.args.Composite(state=ocp.args.StandardRestore(like._asdict()))
+            wanted = like._asdict()
+            placed = ocp.checkpoint_utils.construct_restore_args(wanted)
+            arguments = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=placed))
             state = TrainState(**self._manager.restore(step, args=arguments)["state"])
         except Exception as error:
             raise AgentArkError(damaged % f" ({_first_line(error)})") from error
@@ -226,6 +228,16 @@ class Checkpointer:
         for leftover in self.directory.glob(f"{step}*"):
             if leftover.name == str(step) or leftover.name.startswith(f"{step}.orbax"):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _handlers() -> dict[str, Any]:
+    """How orbax writes the state: as it is, an array a folder.
+
+    Parameters and moments hardly compress, and compressing, or one database for all, needs memory for up to two copies
+    of the state and takes ten times as long.
+    """
+    state = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False)
+    return {"state": state, "record": ocp.JsonCheckpointHandler()}
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:
