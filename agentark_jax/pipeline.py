@@ -26,6 +26,7 @@ from agentark_jax.files import write_json
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
+from agentark_jax.models.lora import save_adapter
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Caller, Draw
@@ -535,7 +536,10 @@ class Pipeline:
         examples: Sequence[Example],
         validation: Sequence[Example],
     ) -> None:
-        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record."""
+        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record.
+
+        Where adapters were trained, they are merged into the model and lie beside it in PEFT's format.
+        """
         self._model = None  # training needs the room
         gc.collect()
         with self.display.bar(title, total=1) as bar:
@@ -552,11 +556,15 @@ class Pipeline:
             )
         target = work.directory / "model"
         weights.save_pretrained(target, model.config, result.params, model.directory)
+        trained = partition(model.params, config.freeze)[0] if result.adapter is None else result.adapter
+        if result.adapter is not None:
+            adapted = replace(model.config, lora=config.lora)
+            save_adapter(work.directory / "adapter", adapted, result.adapter, str(model.directory))
         work.tokens = result.tokens
         work.counts = {
             "revision": weights.weights_fingerprint(target),
             "location": "model",
-            "trainable": _size(partition(model.params, config.freeze)[0]),
+            "trainable": _size(trained),
             "examples": len(examples),
             "steps": result.steps,
             "tokens": result.tokens,

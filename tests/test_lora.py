@@ -180,11 +180,11 @@ def test_files_of_a_model_never_lose_an_adapter_silently(base: transformer.Param
         ({"peft_type": "IA3"}, "key peft_type: 'IA3'"),
         ({"new_idea": 1}, "key new_idea: 1 is not supported"),
         ({"r": None}, "r is None"),
-        ({"r": 0}, "lora rank is 0"),
+        ({"r": 0}, r"lora\.rank is 0"),
         ({"lora_alpha": "16"}, "lora_alpha '16'"),
         ({"target_modules": "all-linear"}, "key target_modules: 'all-linear'"),
         ({"target_modules": ["q_proj", "lm_head"]}, "key target_modules"),
-        ({"target_modules": []}, r"lora targets are \[\]"),
+        ({"target_modules": []}, r"lora\.targets is \[\]"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path: Path, change: dict, message: str) -> None:
