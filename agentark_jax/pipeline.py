@@ -248,6 +248,7 @@ class Pipeline:
             build_samples,
             version=1,
             config={
+                **self.config.engine.fingerprint(),
                 "peers": settings.peers,
                 "temperature": self.config.debate.temperature,
                 "max_tokens": self.config.debate.max_tokens,
@@ -308,7 +309,12 @@ class Pipeline:
             "debate",
             build,
             version=1,
-            config={"debate": asdict(settings), "seed": self.seed, "grader": self.task.grader_id},
+            config={
+                **self.config.engine.fingerprint(),
+                "debate": asdict(settings),
+                "seed": self.seed,
+                "grader": self.task.grader_id,
+            },
             inputs={"base": base, "questions": drawn},
         )
         return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
@@ -414,6 +420,7 @@ class Pipeline:
                 version=1,
                 config={
                     **config,
+                    **self.config.engine.fingerprint(),
                     "questions": len(asked),
                     "max_tokens": self.config.debate.max_tokens,
                     "seed": self.seed,
@@ -587,6 +594,8 @@ class Pipeline:
         calls: int,
     ) -> dict[str, list[Turn]]:
         """Put questions to a model, all at once; the turns by question, in the order `ask` gives them."""
+        # What the engine's settings change in the samples, the keys of the calls must say.
+        version = "+".join([model.revision, *self.config.engine.fingerprint().values()])
         engine = LocalEngine(
             self.config.engine,
             model.config,
@@ -594,7 +603,7 @@ class Pipeline:
             model.form.tokenizer,
             context=self.config.engine.context or self._longest,
             model=self.config.model.source,
-            weights=model.revision,
+            weights=version,
         )
         with self.display.bar(title, total=len(questions) * calls) as bar:
             caller = Caller(
