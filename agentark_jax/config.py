@@ -14,6 +14,7 @@ from agentark_jax.data.config import PromptConfig
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.config import EvaluationConfig
+from agentark_jax.models.config import Lora
 from agentark_jax.models.source import ModelSourceConfig
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.tasks.config import TaskConfig
@@ -184,7 +185,8 @@ def _check_fits(namespace: Namespace) -> None:
     for key in ("fit", "warm_start.answer", "warm_start.revision"):
         try:
             values = namespace[key].as_dict()
-            FitConfig(**{**values, "mesh": MeshConfig(**values["mesh"])})
+            lora = None if values["lora"] is None else Lora(**values["lora"])
+            FitConfig(**{**values, "mesh": MeshConfig(**values["mesh"]), "lora": lora})
         except UsageError as error:
             raise UsageError(f"{key}.{error}") from error
 

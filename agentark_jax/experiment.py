@@ -1,7 +1,6 @@
 """`agentark run`: every seed's pipeline, then the report on them."""
 
 import json
-import logging
 import os
 import shutil
 import time
@@ -9,15 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import jax
 import yaml
 from rich.console import Console
 
 from agentark_jax import config as configuration
+from agentark_jax.cache import enable_compilation_cache
 from agentark_jax.config import RunConfig
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import write_json, write_text
-from agentark_jax.models.gguf import cache_root
 from agentark_jax.models.weights import replaced_directory
 from agentark_jax.pipeline import STUDENT, Outcome, Pipeline
 from agentark_jax.progress import Display
@@ -43,7 +41,7 @@ def run(config: RunConfig, *, update: bool) -> None:
     """
     started = time.monotonic()
     display = Display(Console())
-    _enable_compilation_cache()
+    enable_compilation_cache()
     with locked(config.directory):
         _check_same_config(config, update)
         write_text(config.directory / CONFIG, configuration.to_yaml(config))
@@ -130,11 +128,3 @@ def _check_same_config(config: RunConfig, update: bool) -> None:
             f"{path}: this directory was made with another configuration; different: {shown}{more}. Choose another "
             "--name, or pass --update to redo what depends on the difference and reuse the rest."
         )
-
-
-def _enable_compilation_cache() -> None:
-    """Keep compiled programs between processes; the second run of a command does not compile."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    jax.config.update("jax_compilation_cache_dir", str(cache_root() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

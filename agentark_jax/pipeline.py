@@ -27,6 +27,7 @@ from agentark_jax.files import write_json
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
+from agentark_jax.models.lora import save_adapter
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Caller, Draw
@@ -248,6 +249,7 @@ class Pipeline:
             build_samples,
             version=1,
             config={
+                **self.config.engine.fingerprint(),
                 "peers": settings.peers,
                 "temperature": self.config.debate.temperature,
                 "max_tokens": self.config.debate.max_tokens,
@@ -308,7 +310,12 @@ class Pipeline:
             "debate",
             build,
             version=1,
-            config={"debate": asdict(settings), "seed": self.seed, "grader": self.task.grader_id},
+            config={
+                **self.config.engine.fingerprint(),
+                "debate": asdict(settings),
+                "seed": self.seed,
+                "grader": self.task.grader_id,
+            },
             inputs={"base": base, "questions": drawn},
         )
         return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
@@ -414,6 +421,7 @@ class Pipeline:
                 version=1,
                 config={
                     **config,
+                    **self.config.engine.fingerprint(),
                     "questions": len(asked),
                     "max_tokens": self.config.debate.max_tokens,
                     "seed": self.seed,
@@ -536,7 +544,10 @@ class Pipeline:
         examples: Sequence[Example],
         validation: Sequence[Example],
     ) -> None:
-        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record."""
+        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record.
+
+        Where adapters were trained, they are merged into the model and lie beside it in PEFT's format.
+        """
         self._model = None  # training needs the room
         _release_memory()
         with self.display.bar(title, total=1) as bar:
@@ -553,11 +564,15 @@ class Pipeline:
             )
         target = work.directory / "model"
         weights.save_pretrained(target, model.config, result.params, model.directory)
+        trained = partition(model.params, config.freeze)[0] if result.adapter is None else result.adapter
+        if result.adapter is not None:
+            adapted = replace(model.config, lora=config.lora)
+            save_adapter(work.directory / "adapter", adapted, result.adapter, str(model.directory))
         work.tokens = result.tokens
         work.counts = {
             "revision": weights.weights_fingerprint(target),
             "location": "model",
-            "trainable": _size(partition(model.params, config.freeze)[0]),
+            "trainable": _size(trained),
             "examples": len(examples),
             "steps": result.steps,
             "tokens": result.tokens,
@@ -580,6 +595,8 @@ class Pipeline:
         calls: int,
     ) -> dict[str, list[Turn]]:
         """Put questions to a model, all at once; the turns by question, in the order `ask` gives them."""
+        # What the engine's settings change in the samples, the keys of the calls must say.
+        version = "+".join([model.revision, *self.config.engine.fingerprint().values()])
         engine = LocalEngine(
             self.config.engine,
             model.config,
@@ -587,7 +604,7 @@ class Pipeline:
             model.form.tokenizer,
             context=self.config.engine.context or self._longest,
             model=self.config.model.source,
-            weights=model.revision,
+            weights=version,
         )
         with self.display.bar(title, total=len(questions) * calls) as bar:
             caller = Caller(

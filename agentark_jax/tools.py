@@ -67,11 +67,13 @@ def logits(arguments: Sequence[str]) -> None:
 
     import jax
 
+    from agentark_jax.cache import enable_compilation_cache
     from agentark_jax.models import transformer
     from agentark_jax.models.config import load_config
     from agentark_jax.models.gguf import resolve_model
     from agentark_jax.models.weights import load_params
 
+    enable_compilation_cache()
     directory = resolve_model(options.model, tokenizer=False)
     config = load_config(directory)
     _check_ids(options.ids, ids, config.vocab_size, config.max_positions)
@@ -134,6 +136,7 @@ def generate(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     _check_sampling(options)
 
+    from agentark_jax.cache import enable_compilation_cache
     from agentark_jax.data.tokenizer import Tokenizer
     from agentark_jax.engines.base import Request
     from agentark_jax.engines.config import EngineConfig
@@ -143,6 +146,7 @@ def generate(arguments: Sequence[str]) -> None:
     from agentark_jax.models.weights import load_params
     from agentark_jax.records import Completion, Sampling
 
+    enable_compilation_cache()
     directory = resolve_model(options.model)
     config, tokenizer = load_config(directory), Tokenizer(directory)
     if tokenizer.vocabulary_size > config.vocab_size:  # fewer are legal: rows of padding

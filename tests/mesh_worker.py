@@ -20,6 +20,7 @@ import test_training as t
 from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
+from agentark_jax.models.config import Lora
 from agentark_jax.models.sharding import on_mesh, parameter_sharding, row_sharding
 from agentark_jax.objectives.chunked import chunked_nll
 from agentark_jax.training import distributed
@@ -39,6 +40,7 @@ MESHES = {"data": (8, 1, 1), "data_fsdp": (2, 4, 1), "all": (2, 2, 2)}
 CONFIG = replace(t.CONFIG, rows=8, epochs=4, checkpoint_every=4)
 EXAMPLES = t.make_examples(40)
 INTERRUPTED_AT = 5
+LORA = Lora(2, 4.0)
 
 
 def three_steps(model, shape, **changes):
@@ -100,9 +102,9 @@ def interrupt(done, total, tokens):
         raise Interrupted
 
 
-def run(directory, mesh, progress=None):
+def run(directory, mesh, progress=None, **changes):
     """One fit; its history and parameters, whole, or None if it is interrupted."""
-    config = replace(CONFIG, mesh=MeshConfig(*mesh))
+    config = replace(CONFIG, mesh=MeshConfig(*mesh), **changes)
     arguments = {"seed": 7, "fingerprint": {"model": "tiny"}, "directory": directory, "progress": progress}
     try:
         result = fit(config, TIED, t.make_params(TIED), EXAMPLES, **arguments)
@@ -128,6 +130,7 @@ def eight(directory):
     (directory / "collectives.json").write_text(json.dumps(loss_collectives()))
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))
     np.savez(directory / "whole.npz", **run(directory / "whole", (2, 2, 2)))
+    np.savez(directory / "adapted.npz", **run(directory / "adapted", (2, 2, 2), lora=LORA))
     run(directory / "same", (2, 2, 2), interrupt)
     np.savez(directory / "same.npz", **run(directory / "same", (2, 2, 2)))
     for name in ("to_one", "to_two"):

@@ -102,6 +102,16 @@ def test_a_frozen_head_saves_its_own_gradient(peer):
     assert ours["trunk"] + ours["head"] == frozen.mm
 
 
+def test_layers_that_are_not_trained_save_their_own_gradient(peer):
+    peer.model.layers.requires_grad_(False)
+    try:
+        frozen = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
+    finally:
+        peer.model.layers.requires_grad_(True)
+    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=7 * BATCH, train_head=True, train_layers=False)
+    assert ours["trunk"] + ours["head"] == frozen.mm
+
+
 def test_forward_flops_are_those_torch_counts(peer):
     import torch
 

@@ -9,6 +9,7 @@ import yaml
 
 from agentark_jax import cli, config
 from agentark_jax.errors import UsageError
+from agentark_jax.models.config import Lora
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -22,6 +23,13 @@ def parse(*arguments: str) -> config.RunConfig:
 def test_the_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
     parsed = parse("--config", str(path))
     assert parsed.name == path.stem
+    (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
+    assert parse("--config", str(tmp_path / "again.yaml")) == parsed
+
+
+def test_adapters_survive_a_round_trip(tmp_path):
+    parsed = parse("--fit.lora", "{rank: 4, alpha: 8, targets: [q_proj, v_proj]}")
+    assert parsed.fit.lora == Lora(4, 8.0, ("q_proj", "v_proj"))
     (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
     assert parse("--config", str(tmp_path / "again.yaml")) == parsed
 
@@ -43,6 +51,11 @@ def test_later_options_override_the_file():
         ("debate: {agents: -1}", r"debate\.agents is -1"),
         ("questions: {held_out: -5}", r"questions\.held_out is -5"),
         ("fit: {learning_rate: -1.0}", r"learning_rate.*-1\.0"),
+        ("fit: {lora: {rank: 0, alpha: 1.0}}", r"fit\.lora\.rank is 0"),
+        ("fit: {lora: {rank: 2, alpha: 0.0}}", r"fit\.lora\.alpha is 0"),
+        ("fit: {lora: {rank: 2, alpha: 4.0, targets: [head]}}", r"fit\.lora\.targets is \['head'\]"),
+        ("fit: {lora: {rang: 2, alpha: 4.0}}", r"fit\.lora.*rang"),
+        ("fit: {lora: {rank: 2, alpha: 4.0}, freeze: [embedding]}", r"fit\.freeze.*lora"),
         ("engine: {slots: 0}", r"engine\.slots is 0"),
         ("seeds: []", r"seeds is \[\]"),
         ("seeds: [1, 1]", r"seeds is \[1, 1\]"),

@@ -1,6 +1,7 @@
 """The embedded engine: exact log-probabilities, independence of slot and neighbours, seeds, limits."""
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -25,12 +26,15 @@ CONFIG = ModelConfig.from_hf(
     "test",
 )
 PARAMS = transformer.init_params(CONFIG, 0)
+# Windows shorter than most prompts, and than what is decoded after them.
+WINDOWED = replace(CONFIG, layer_types=("sliding_attention", "full_attention"), sliding_window=11)
+WINDOWED_PARAMS = transformer.init_params(replace(WINDOWED, initializer_range=0.15), 0)
 TOKENIZER = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
 
 
-def make_engine(**settings) -> LocalEngine:
+def make_engine(model=CONFIG, params=PARAMS, **settings) -> LocalEngine:
     config = EngineConfig(**{"slots": 4, "chunk": 8, "prompt_bucket": 32, **settings})
-    return LocalEngine(config, CONFIG, PARAMS, TOKENIZER, context=96, model="model", weights="weights")
+    return LocalEngine(config, model, params, TOKENIZER, context=96, model="model", weights="weights")
 
 
 def requests(count: int, **sampling) -> list[Request]:
@@ -51,10 +55,10 @@ def generate(engine: LocalEngine, asked: list[Request]):
     return asyncio.run(everyone())
 
 
-def trainer_logprobs(request: Request, completion, temperature: float) -> np.ndarray:
+def trainer_logprobs(request: Request, completion, temperature: float, config=CONFIG, params=PARAMS) -> np.ndarray:
     ids = np.concatenate([request.prompt_ids, completion.ids])[None]
-    hidden = transformer.hidden_states(CONFIG, PARAMS, ids, np.arange(ids.shape[1])[None], None)
-    logprobs = np.asarray(jax.nn.log_softmax(transformer.logits(CONFIG, PARAMS, hidden) / temperature))[0]
+    hidden = transformer.hidden_states(config, params, ids, np.arange(ids.shape[1])[None], None)
+    logprobs = np.asarray(jax.nn.log_softmax(transformer.logits(config, params, hidden) / temperature))[0]
     start = len(request.prompt_ids) - 1
     return logprobs[np.arange(start, start + len(completion.ids)), completion.ids]
 
@@ -74,6 +78,33 @@ def test_greedy_tokens_are_the_argmax_of_the_trainers_logits():
         best = np.asarray(transformer.logits(CONFIG, PARAMS, hidden)).argmax(-1)[0]
         np.testing.assert_array_equal(best[len(request.prompt_ids) - 1 : -1], completion.ids)
         np.testing.assert_allclose(completion.logprobs, trainer_logprobs(request, completion, 1.0), atol=1e-4)
+
+
+def test_layers_with_a_window_keep_no_more_than_it_and_change_nothing():
+    asked = requests(9, max_tokens=30)
+    engine = make_engine(WINDOWED, WINDOWED_PARAMS)
+    together = generate(engine, asked)
+    assert [layer["k"].shape[2] for layer in engine._cache] == [11, 96]
+    assert max(len(completion.ids) for completion in together) > 22  # the window is passed twice
+    for request, completion in zip(asked, together, strict=True):
+        expected = trainer_logprobs(request, completion, 0.9, WINDOWED, WINDOWED_PARAMS)
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-4)
+    alone = generate(make_engine(WINDOWED, WINDOWED_PARAMS), asked[:1])[0]
+    assert alone.logprobs.tobytes() == together[0].logprobs.tobytes()
+
+
+def test_a_bfloat16_cache_is_near_and_half_as_large():
+    asked = requests(6)
+    exact, rough = (make_engine(WINDOWED, WINDOWED_PARAMS, cache_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(engine._cache)) for engine in (exact, rough)]
+    assert sizes[0] == 2 * sizes[1]
+    off = [
+        completion.logprobs - trainer_logprobs(request, completion, 0.9, WINDOWED, WINDOWED_PARAMS)
+        for request, completion in zip(asked, generate(rough, asked), strict=True)
+    ]
+    assert 1e-4 < np.abs(np.concatenate(off)).max() < 0.1
+    assert EngineConfig().fingerprint() == {}
+    assert EngineConfig(cache_dtype="bfloat16").fingerprint() == {"cache_dtype": "bfloat16"}
 
 
 def test_a_completion_depends_on_its_request_alone():
@@ -184,3 +215,5 @@ def test_extreme_uniforms_never_draw_an_impossible_token(edge):
 def test_engine_settings_are_checked():
     with pytest.raises(UsageError, match=r"engine\.slots"):
         EngineConfig(slots=0)
+    with pytest.raises(UsageError, match=r"engine\.cache_dtype is 'int8': choose float32 or bfloat16"):
+        EngineConfig(cache_dtype="int8")

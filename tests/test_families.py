@@ -131,7 +131,8 @@ def test_prefill_and_decoding_equal_the_whole_forward(case: Case) -> None:
     lengths = np.array([start], np.int32)
     h, kv = jax.jit(transformer.prefill, static_argnums=0)(case.config, params, case.ids[:, : start + 3], lengths)
     found = [transformer.logits(case.config, params, h)]
-    cache = transformer.insert(transformer.init_cache(case.config, 1, 64), kv, jnp.array([0]), jnp.array([0]))
+    cache = transformer.init_cache(case.config, 1, 64)
+    cache = transformer.insert(case.config, cache, kv, lengths, jnp.array([0]), jnp.array([0]))
     step = jax.jit(transformer.decode_step, static_argnums=0, donate_argnums=4)
     for position in range(start, 60):
         h, cache = step(case.config, params, case.ids[:, position], np.array([position], np.int32), cache)

@@ -96,7 +96,8 @@ def test_generation_uses_the_adapter(base: transformer.Params) -> None:
     whole = join(base, trained(ADAPTED))
     params, lengths = transformer.unstack(ADAPTED, whole), np.array([20, 20])
     h, kv = transformer.prefill(ADAPTED, params, IDS[:, :20], lengths)
-    cache = transformer.insert(transformer.init_cache(ADAPTED, 2, 32), kv, jnp.arange(2), jnp.arange(2))
+    cache = transformer.init_cache(ADAPTED, 2, 32)
+    cache = transformer.insert(ADAPTED, cache, kv, lengths, jnp.arange(2), jnp.arange(2))
     following, _ = transformer.decode_step(ADAPTED, params, IDS[:, 20], lengths, cache)
     found = transformer.logits(ADAPTED, params, jnp.stack([h, following], 1))
     np.testing.assert_allclose(found, logits(ADAPTED, whole)[:, 19:21], rtol=1e-4, atol=1e-4)
@@ -180,11 +181,11 @@ def test_files_of_a_model_never_lose_an_adapter_silently(base: transformer.Param
         ({"peft_type": "IA3"}, "key peft_type: 'IA3'"),
         ({"new_idea": 1}, "key new_idea: 1 is not supported"),
         ({"r": None}, "r is None"),
-        ({"r": 0}, "lora rank is 0"),
+        ({"r": 0}, r"lora\.rank is 0"),
         ({"lora_alpha": "16"}, "lora_alpha '16'"),
         ({"target_modules": "all-linear"}, "key target_modules: 'all-linear'"),
         ({"target_modules": ["q_proj", "lm_head"]}, "key target_modules"),
-        ({"target_modules": []}, r"lora targets are \[\]"),
+        ({"target_modules": []}, r"lora\.targets is \[\]"),
     ],
 )
 def test_adapters_of_another_kind_are_refused(tmp_path: Path, change: dict, message: str) -> None:

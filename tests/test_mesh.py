@@ -105,6 +105,10 @@ def test_fsdp_divides_the_state(eight):
     assert max(found["held"]) <= 1.05 * found["total"] / 8
 
 
+def test_adapters_trained_on_eight_devices_equal_those_of_one(eight, tmp_path):
+    assert_equal_up_to(np.load(eight / "adapted.npz"), worker.run(tmp_path, (1, 1, 1), lora=worker.LORA), 1e-4)
+
+
 def test_two_processes_equal_one_and_read_half_of_the_rows_each(two, one):
     found = dict(np.load(two / "two.npz"))
     assert found.pop("rows_read") == len(one["history"]) * worker.CONFIG.rows / 2

@@ -156,7 +156,11 @@ def test_prefill_and_decoding_equal_the_whole_forward(case: Case) -> None:
     logits = np.asarray(transformer.logits(config, params, h))
     np.testing.assert_allclose(logits, case.logits[[0, 1], lengths - 1], rtol=0, atol=1e-4)
     cache = transformer.init_cache(config, slots=4, length=96)
-    cache = transformer.insert(cache, kv, jnp.array([2, 0, 3, 4]), jnp.array([0, 1, 1, 0]))  # slot 4: skipped
+    assert {layer["k"].shape[2] for layer in cache} == {
+        min(96, config.window(kind) or 96) for kind in config.layer_types
+    }
+    slots, source = jnp.array([2, 0, 3, 4]), jnp.array([0, 1, 1, 0])  # slot 4: skipped
+    cache = transformer.insert(config, cache, kv, lengths[source], slots, source)
     assert not any(np.any(layer["k"][1]) for layer in cache)
     step = jax.jit(transformer.decode_step, static_argnums=0, donate_argnums=4)
     source, position = np.array([1, 0, 0, 1]), np.array([23, 0, 50, 23], np.int32)
@@ -170,7 +174,7 @@ def test_prefill_and_decoding_equal_the_whole_forward(case: Case) -> None:
 def test_insert_refuses_a_prefill_longer_than_the_cache(gemma: Case) -> None:
     kv, cache = transformer.init_cache(gemma.config, 1, 9), transformer.init_cache(gemma.config, 2, 8)
     with pytest.raises(ValueError, match="9 tokens does not fit a cache of 8"):
-        transformer.insert(cache, kv, jnp.array([0]), jnp.array([0]))
+        transformer.insert(gemma.config, cache, kv, jnp.array([9]), jnp.array([0]), jnp.array([0]))
 
 
 def test_a_donated_decode_step_copies_no_cache(tied: Case) -> None:

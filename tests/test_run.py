@@ -196,6 +196,31 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path, seed):
 
 
 @pytest.mark.slow
+def test_students_trained_by_adapters(finished, tmp_path):
+    """The model is the base with the adapter that lies beside it; what came before training is reused."""
+    import shutil
+
+    import jax
+    import numpy as np
+
+    from agentark_jax.models.config import load_config
+    from agentark_jax.models.lora import join, load_adapter, merge
+    from agentark_jax.models.weights import load_params
+
+    shutil.copytree(finished, tmp_path / "tiny")
+    complete(tmp_path, "--update", "--fit.lora", "{rank: 2, alpha: 4}")
+    student = tmp_path / "tiny" / "student"
+    base = load_config(tmp_path / "tiny" / "base" / "model")
+    adapted, adapter = load_adapter(student / "adapter", base)
+    merged = merge(adapted, join(load_params(tmp_path / "tiny" / "base" / "model", base), adapter))[1]
+    found = load_params(student / "model", base)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, merged))
+    counts = json.loads((student / "manifest.json").read_text())["counts"]
+    assert counts["trainable"] == sum(leaf.size for leaf in jax.tree.leaves(adapter))
+    assert not list((tmp_path / "tiny").rglob("checkpoints"))
+
+
+@pytest.mark.slow
 def test_several_seeds_share_a_report(finished, tmp_path):
     """The first seed's figures are those of its own run; the pooled ones cover both."""
     complete(tmp_path, "--seeds", "[0, 1]")

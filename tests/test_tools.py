@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,6 +29,19 @@ def write_model(directory: Path, vocabulary: int) -> Path:
     config = load_config(directory)
     params = jax.tree.map(lambda leaf: leaf * 5, transformer.init_params(config, 0))
     return save_pretrained(directory, config, params, directory)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Every command sets JAX's cache for the whole process; afterwards it is what it was."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    directory = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTARK_CACHE", str(directory))
+        yield directory
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +81,13 @@ def test_logits_in_bfloat16_are_near(model: Path, ids: Path, tmp_path: Path) -> 
     a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
     assert b.dtype == np.float32
     assert 0.99 < np.corrcoef(a.ravel(), b.ravel())[0, 1] < 1 - 1e-9
+
+
+@pytest.mark.parametrize("command", ["logits", "generate"])
+def test_compiled_programs_are_kept(model: Path, ids: Path, tmp_path: Path, cache: Path, command: str) -> None:
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert (say(model) if command == "generate" else run_logits(model, ids, tmp_path / "out.npy")) == 0
+    assert jax.config.jax_compilation_cache_dir == str(cache / "compiled")
 
 
 def test_logits_need_no_tokenizer(ids: Path, tmp_path: Path) -> None:

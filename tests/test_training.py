@@ -19,8 +19,9 @@ import pytest
 
 from agentark_jax.data.loader import packed_batches
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.models.config import ModelConfig, Rope
-from agentark_jax.models.transformer import param_shapes
+from agentark_jax.models.config import Lora, ModelConfig, Rope
+from agentark_jax.models.lora import init_adapter, join
+from agentark_jax.models.transformer import hidden_states, param_shapes
 from agentark_jax.objectives.sft import sft_loss, term_totals
 from agentark_jax.records import Example
 from agentark_jax.training.checkpoint import Checkpointer, Retention
@@ -239,6 +240,57 @@ def test_gradient_reach_and_frozen_parameters(params, tmp_path):
     stored = (tmp_path / "checkpoints" / "4" / "state" / "_METADATA").read_text()
     assert "final_norm.weight" in stored
     assert "embedding" not in stored
+
+
+ADAPTING = replace(CONFIG, epochs=6, learning_rate=0.05, lora=Lora(2, 4.0, ("q_proj", "down_proj")))
+
+
+def test_adapters_alone_are_trained_and_come_back_merged(params, tmp_path):
+    before = jax.tree.map(np.array, params)
+    result = run_fit(tmp_path, params, ADAPTING)
+    assert_identical(params, before)
+    assert result.history[-1][1] < 0.9 * result.history[0][1]
+
+    stored = next((tmp_path / "checkpoints").glob("*/state/_METADATA")).read_text()
+    assert "scanned.00.attention.adapters.query.a" in stored
+    assert not any(name in stored for name in ("embedding", "norm", "mlp.up", "attention.key"))
+
+    adapted = replace(MODEL, lora=ADAPTING.lora)
+    fresh = init_adapter(adapted, seed=7)
+    assert jax.tree.structure(result.adapter) == jax.tree.structure(fresh)
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), result.adapter, fresh))
+
+    (trained, frozen), targets = partition(result.params, ["embedding"]), {"query", "down"}
+    assert jax.tree.structure(result.params) == jax.tree.structure(params)
+    for path, leaf in {**trained, **frozen}.items():
+        was = partition(before, [])[0][path]
+        assert np.any(np.asarray(leaf) != was) == (path.rsplit(".")[-1] in targets), path
+
+    batch = next(packed_batches(EXAMPLES, seed=0, epochs=1, rows=6, row_length=24).iterate(0, 1))
+    inputs = (batch["ids"], batch["positions"], batch["segment_ids"])
+    applied = hidden_states(adapted, join(params, result.adapter), *inputs)
+    np.testing.assert_allclose(hidden_states(MODEL, result.params, *inputs), applied, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_resume_bit_by_bit(params, tmp_path):
+    whole = run_fit(tmp_path / "whole", params, ADAPTING)
+
+    def die(done, total, tokens):
+        if done == 5:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        run_fit(tmp_path / "cut", params, ADAPTING, progress=die)
+    with pytest.raises(AgentArkError, match=r"another fit: fit\.lora was"):
+        run_fit(tmp_path / "cut", params, replace(ADAPTING, lora=Lora(2, 8.0)))
+    resumed = run_fit(tmp_path / "cut", params, ADAPTING)
+    assert_identical((resumed.params, resumed.adapter), (whole.params, whole.adapter))
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+
+
+def test_only_fits_of_adapters_are_fingerprinted_with_them():
+    assert "lora" not in CONFIG.fingerprint()
+    assert ADAPTING.fingerprint()["lora"] == {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "down_proj")}
 
 
 def test_the_step_compiles_once_and_donates_its_state(params):
@@ -632,6 +684,7 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"remat": True}, "remat: True .* one of none, products, outputs, full"),
         ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
         ({"coefficients": {"completion": float("inf")}}, r"coefficients\.completion: inf"),
+        ({"lora": Lora(2, 4.0), "freeze": ["embedding"]}, r"freeze: \['embedding'\] .*empty beside lora"),
     ],
 )
 def test_bad_config(change, message):

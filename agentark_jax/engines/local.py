@@ -97,7 +97,7 @@ class LocalEngine:
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._params = transformer.unstack(model_config, params)
-        self._cache = transformer.init_cache(model_config, config.slots, context, jnp.float32)
+        self._cache = transformer.init_cache(model_config, config.slots, context, jnp.dtype(config.cache_dtype))
         self._slots = _empty_slots(config.slots)
         self._running: dict[int, _Running] = {}
         self._waiting: deque[tuple[Request, asyncio.Future[Completion]]] = deque()
@@ -178,7 +178,8 @@ class LocalEngine:
             self._prefills.append(held)
         cached = len(body) if key in held.used else 0
         held.used.add(key)
-        self._cache = _copy_row(self._model_config, self._cache, held.kv, np.int32(slot), np.int32(held.rows[key]))
+        place = (np.int32(number) for number in (len(body), slot, held.rows[key]))
+        self._cache = _copy_row(self._model_config, self._cache, held.kv, *place)
         return cached
 
     def _prefill(self, body: np.ndarray) -> "_Prefill":
@@ -299,9 +300,14 @@ def _prefill(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _copy_row(
-    config: ModelConfig, cache: transformer.Cache, kv: transformer.Cache, slot: Int[Array, ""], row: Int[Array, ""]
+    config: ModelConfig,
+    cache: transformer.Cache,
+    kv: transformer.Cache,
+    length: Int[Array, ""],
+    slot: Int[Array, ""],
+    row: Int[Array, ""],
 ) -> transformer.Cache:
-    return transformer.insert(cache, kv, slot[None], row[None])
+    return transformer.insert(config, cache, kv, length[None], slot[None], row[None])
 
 
 @partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=(3, 4))

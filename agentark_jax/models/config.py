@@ -127,7 +127,12 @@ LORA_TARGETS: Mapping[str, tuple[str, str]] = {
 class Lora:
     """Low-rank adapters (arXiv 2106.09685): projections `targets` become W + alpha / rank · B · A.
 
-    A [rank, in] and B [out, rank] are the adapter's parameters; targets have their Hugging Face names.
+    A [rank, in] and B [out, rank] are the adapter's parameters. Invalid values raise UsageError.
+
+    Args:
+        rank: how many directions of its input each adapter reads.
+        alpha: the adapters' outputs are multiplied by alpha / rank.
+        targets: Hugging Face names of the projections that have an adapter, in every layer.
     """
 
     rank: int
@@ -136,11 +141,11 @@ class Lora:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UsageError(f"lora rank is {self.rank}; it must be at least 1")
+            raise UsageError(f"lora.rank is {self.rank}; it must be at least 1")
         if not 0 < self.alpha < math.inf:
-            raise UsageError(f"lora alpha is {self.alpha}; it must be a finite number above 0")
+            raise UsageError(f"lora.alpha is {self.alpha}; it must be a finite number above 0")
         if not self.targets or not set(self.targets) <= set(LORA_TARGETS):
-            raise UsageError(f"lora targets are {list(self.targets)}; choose some of {list(LORA_TARGETS)}")
+            raise UsageError(f"lora.targets is {list(self.targets)}; choose some of {list(LORA_TARGETS)}")
 
     @property
     def scale(self) -> float:

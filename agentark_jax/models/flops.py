@@ -47,14 +47,17 @@ def sequence_attention_flops(config: ModelConfig, length: int) -> int:
     return 4 * config.num_heads * config.head_dim * pairs
 
 
-def sft_flops(config: ModelConfig, *, lengths: Sequence[int], loss_tokens: int, train_head: bool) -> Flops:
+def sft_flops(
+    config: ModelConfig, *, lengths: Sequence[int], loss_tokens: int, train_head: bool, train_layers: bool = True
+) -> Flops:
     """One training step on sequences of these lengths, `loss_tokens` of all their tokens with loss.
 
-    Packed or not makes no difference, and padding is no work. Layers count as trained, frozen or not. A head that is
-    not trained needs two products per loss token (scores, gradient of the hidden state), not three.
+    Packed or not makes no difference, and padding is no work. A head that is not trained needs two products per loss
+    token (scores, gradient of the hidden state), not three; so do layers of which only adapters are trained (their own
+    products are not counted). Other layers count as trained, frozen or not.
     """
     return {
-        "trunk": 6 * matmul_params(config) * sum(lengths),
+        "trunk": (6 if train_layers else 4) * matmul_params(config) * sum(lengths),
         "attention": 3 * sum(sequence_attention_flops(config, length) for length in lengths),
         "head": (6 if train_head else 4) * head_params(config) * loss_tokens,
     }

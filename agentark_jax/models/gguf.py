@@ -7,7 +7,6 @@ vocabulary stands for them.
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from importlib import import_module, util
@@ -20,6 +19,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
+from agentark_jax.cache import cache_root
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.config import load_config
 from agentark_jax.models.weights import (
@@ -52,12 +52,6 @@ _TENSORS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: $AGENTARK_CACHE, or `agentark_jax` in the user's cache directory."""
-    root = os.environ.get("AGENTARK_CACHE")
-    return Path(root) if root else Path.home() / ".cache" / "agentark_jax"
 
 
 def resolve_model(source: str, tokenizer: bool = True) -> Path:

@@ -130,13 +130,14 @@ class Attention(nnx.Module):
         # The queries of a group share their keys, so they are rows of one matrix product. The products keep their
         # natural axis order: fused with a transposition, XLA's CPU backend runs them several times slower.
         rows = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-        rows = rows.reshape(batch, kv_heads, -1, head_dim)
+        rows = rows.reshape(batch, kv_heads, -1, head_dim).astype(key.dtype)  # a cache may be in another
         scores = jnp.einsum("bkmh,bksh->bkms", rows, key, preferred_element_type=jnp.float32) * self.scale
         if self.softcap is not None:
             scores = self.softcap * jnp.tanh(scores / self.softcap)
         scores = scores.reshape(batch, kv_heads, -1, length, span)
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
-        mixed = jnp.einsum("bkms,bksh->bkmh", weights.reshape(batch, kv_heads, -1, span), value)
+        weights = weights.reshape(batch, kv_heads, -1, span)
+        mixed = jnp.einsum("bkms,bksh->bkmh", weights, value, preferred_element_type=query.dtype)
         mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
         out = _project(self, "output", mixed)
         return activation(out + self.output_bias[...] if self.out_bias else out, "attention")
@@ -190,13 +191,14 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
         """The layer's output, and the keys and values [B, K, S, H] that it attended to.
 
-        With `cache` {k, v: [B, K, S, H]}, T is 1 and row b's key and value are written at `positions[b]`.
+        With `cache` {k, v: [B, K, S, H]}, T is 1 and row b's key and value are written at `positions[b]` modulo S.
         """
         query, key, value = self.attention.project(self.attention_norm(x), rotations[self.layer_type])
         if cache is not None:
-            rows = jnp.arange(x.shape[0])
-            key = cache["k"].at[rows, :, positions].set(key[:, :, 0].astype(cache["k"].dtype))
-            value = cache["v"].at[rows, :, positions].set(value[:, :, 0].astype(cache["v"].dtype))
+            assert positions is not None, "a cache is written at a position"
+            rows, places = jnp.arange(x.shape[0]), positions % cache["k"].shape[2]
+            key = cache["k"].at[rows, :, places].set(key[:, :, 0].astype(cache["k"].dtype))
+            value = cache["v"].at[rows, :, places].set(value[:, :, 0].astype(cache["v"].dtype))
         mixed = self.attention.attend(query, key, value, masks[self.layer_type])
         x = x + (self.post_attention_norm(mixed) if self.sandwich else mixed)
         fed = self.mlp(self.mlp_norm(x))

@@ -10,12 +10,13 @@ parameters exist:
 - **unstacked** (generation, from `unstack`): `layers` is a tuple with one tree per layer, because a decode loop that
   slices stacked parameters and caches would copy them at every step.
 
-Caches are one pair of arrays per layer; layers with a sliding window keep full-length caches too, and their mask does
-the window. Donate the cache (or carry it in a `while_loop`): writes are then in place.
+Caches are one pair of arrays per layer, in which position p has the place p modulo their length. Layers with a sliding
+window keep no more positions than that: each takes the place of the one that it pushes out. Donate the cache (or carry
+it in a `while_loop`): writes are then in place.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from agentark_jax.models.config import ModelConfig, Remat
+from agentark_jax.models.config import LayerType, ModelConfig, Remat
 from agentark_jax.models.layers import (
     Block,
     RMSNorm,
@@ -193,42 +194,61 @@ def prefill(
 
 
 def init_cache(config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:
-    """Empty caches for `slots` sequences of at most `length` tokens: per layer {k, v: [slots, K, length, H]}."""
-    shape = (slots, config.num_kv_heads, length, config.head_dim)
-    return tuple({"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)} for _ in range(config.num_layers))
+    """Empty caches for `slots` sequences of at most `length` tokens: per layer {k, v: [slots, K, room, H]}.
+
+    `room` is `length`, or the layer's sliding window where that is shorter.
+    """
+
+    def empty(layer_type: LayerType) -> dict[str, jax.Array]:
+        room = min(length, config.window(layer_type) or length)
+        shape = (slots, config.num_kv_heads, room, config.head_dim)
+        return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+    return tuple(empty(layer_type) for layer_type in config.layer_types)
 
 
-def insert(cache: Cache, kv: Cache, slots: Int[Array, " N"], rows: Int[Array, " N"]) -> Cache:
-    """Copy rows of a prefill into slots of a cache: slot `slots[i]` begins with row `rows[i]`.
+def insert(
+    config: ModelConfig,
+    cache: Cache,
+    kv: Cache,
+    lengths: Int[Array, " N"],
+    slots: Int[Array, " N"],
+    rows: Int[Array, " N"],
+) -> Cache:
+    """Copy rows of a prefill into slots of a cache: slot `slots[i]` begins with the `lengths[i]` tokens of `rows[i]`.
 
     One prefilled row may fill many slots. A slot number past the end is skipped, so N can be padded to a fixed size.
-    The prefill may be shorter than the cache, never longer (ValueError).
+    The prefill may be shorter than the cache; longer only in layers with a sliding window (ValueError).
     """
-    length, room = kv[0]["k"].shape[2], cache[0]["k"].shape[2]
-    if length > room:
-        raise ValueError(f"a prefill of {length} tokens does not fit a cache of {room}")
 
-    def copy(target: jax.Array, source: jax.Array) -> jax.Array:
-        return target.at[slots, :, :length].set(source[rows].astype(target.dtype), mode="drop")
+    def copy(layer_type: LayerType, target: jax.Array, source: jax.Array) -> jax.Array:
+        length, room = source.shape[2], target.shape[2]
+        if length > room and room != config.window(layer_type):
+            raise ValueError(f"a prefill of {length} tokens does not fit a cache of {room}")
+        copied = source[rows]
+        if length > room:
+            last = lengths[:, None] - 1
+            newest = last - (last - jnp.arange(room)) % room  # the last position whose place this is; < 0 for none
+            copied = jnp.take_along_axis(copied, jnp.maximum(newest, 0)[:, None, :, None], axis=2)
+        return target.at[slots, :, : copied.shape[2]].set(copied.astype(target.dtype), mode="drop")
 
-    return jax.tree.map(copy, cache, kv)
+    layers = zip(config.layer_types, cache, kv, strict=True)
+    return tuple(jax.tree.map(partial(copy, layer_type), target, source) for layer_type, target, source in layers)
 
 
 def decode_step(
     config: ModelConfig, decode_params: Params, ids: Int[Array, " S"], positions: Int[Array, " S"], cache: Cache
 ) -> tuple[Float[Array, "S D"], Cache]:
-    """One token for every slot: row s is written at `positions[s]` and attends to 0..positions[s] in its window.
+    """One token for every slot: row s is written as `positions[s]` and attends to 0..positions[s] in its window.
 
     Returns the final-normed hidden states and the cache with this step in it.
     """
-    length = cache[0]["k"].shape[2]
     rotations = rotation_table(config, positions[:, None], decode_params["embedding"].dtype)
-    distance = positions[:, None] - jnp.arange(length)[None, :]
     masks = {}
-    for layer_type in sorted(set(config.layer_types)):
-        mask = distance >= 0
-        window = config.window(layer_type)
-        masks[layer_type] = (mask if window is None else mask & (distance < window))[:, None]
+    for layer_type, kv in dict(zip(config.layer_types, cache, strict=True)).items():
+        room = kv["k"].shape[2]
+        distance = (positions[:, None] - jnp.arange(room)) % room  # to the last position that has each place
+        masks[layer_type] = (distance <= positions[:, None])[:, None]
     x = embed(config, decode_params["embedding"], ids)[:, None]
     written = []
     for layer_type, layer, kv in zip(config.layer_types, decode_params["layers"], cache, strict=True):

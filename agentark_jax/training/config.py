@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import UsageError
-from agentark_jax.models.config import Remat
+from agentark_jax.models.config import Lora, Remat
 
 Schedule = Literal["cosine", "linear", "constant"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -65,6 +65,8 @@ class FitConfig:
         row_length: tokens per row; longer examples are an error.
         accumulation: micro-batches that the rows of a step are split into, to save memory; changes no result.
         freeze: parameters that stay as they are: top-level names or dotted paths, such as [embedding].
+        lora: train adapters of this rank, alpha and targets, and nothing else; the result is the model with them merged
+            into its weights. Null trains the weights themselves.
         coefficients: factor of each named loss term; a term that is not named has 1.
         checkpoint_every: steps between checkpoints; the last step is always saved.
         keep: how many of the newest checkpoints stay on disk.
@@ -95,6 +97,7 @@ class FitConfig:
     row_length: int = 256
     accumulation: int = 1
     freeze: list[str] = field(default_factory=list)
+    lora: Lora | None = None
     coefficients: dict[str, float] = field(default_factory=dict)
     checkpoint_every: int = 50
     keep: int = 2
@@ -136,7 +139,12 @@ class FitConfig:
             self.patience,
             "null when eval_every is null; set eval_every to stop early",
         )
-
+        _require(
+            self.lora is None or not self.freeze,
+            "freeze",
+            self.freeze,
+            "empty beside lora, which freezes everything but its adapters",
+        )
         profiled = self.profile_steps
         _require(
             not profiled or (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]),
@@ -152,8 +160,11 @@ class FitConfig:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of this config the fitted parameters depend on."""
-        return {key: value for key, value in asdict(self).items() if key not in BOOKKEEPING}
+        """What of this config the fitted parameters depend on. Without adapters it says nothing of them, so that fits
+        from before there were any stay up to date.
+        """
+        ignored = (*BOOKKEEPING, "lora") if self.lora is None else BOOKKEEPING
+        return {key: value for key, value in asdict(self).items() if key not in ignored}
 
 
 def _require(holds: bool, key: str, value: object, wanted: str) -> None:

@@ -7,20 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import atomic_path
+from agentark_jax.models import lora
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import sft_flops
 from agentark_jax.records import Example, ids_hash, stable_hash
@@ -47,13 +48,15 @@ Stopped = Literal["completed", "early"]
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a fit gave. `params` is the full nested tree, frozen parameters included.
+    """What a fit gave. `params` is the full nested tree, frozen parameters included and adapters merged.
 
+    `adapter` is the tree of the adapters that were trained, or None where the weights themselves were.
     `tokens` (without padding) and `loss_tokens` were trained on, `seconds` is wall time over all resumed runs.
     `history` has (step, loss) of every step, `validation_history` (step, loss) of every evaluation, steps from 1.
     """
 
     params: dict[str, Any]
+    adapter: dict[str, Any] | None
     steps: int
     tokens: int
     loss_tokens: int
@@ -115,7 +118,8 @@ def fit(
     """Fits `params` (a nested tree) to `examples`; the same arguments give the same result.
 
     `params` is used up, so that no second copy of it takes memory: its trainable arrays become the state that the
-    steps update in place, and reading one of them afterwards is an error.
+    steps update in place, and reading one of them afterwards is an error. With `config.lora` none of them is trained:
+    fresh adapters, drawn from the seed, are.
 
     Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
     there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
@@ -131,7 +135,12 @@ def fit(
     """
     started = time.monotonic()
     mesh = make_mesh(config.mesh)
-    trainable, frozen = partition(params, config.freeze)
+    if config.lora is None:
+        trainable, frozen = partition(params, config.freeze)
+    else:
+        model_config = replace(model_config, lora=config.lora)
+        trainable = flatten_dict(lora.init_adapter(model_config, seed), sep=".")
+        frozen = flatten_dict(params, sep=".")
     check_mesh(mesh, model_config, {**trainable, **frozen}, config.rows, config.accumulation)
     terms = term_names([*examples, *(validation or ())])
     for term in config.coefficients:
@@ -183,8 +192,14 @@ def fit(
                 progress,
             )
             state = run.go(state, memory, checkpointer, started)
+    fitted = merge(state.params, frozen)
+    adapter: dict[str, Any] | None = None
+    if config.lora is not None:
+        fitted = lora.merge(model_config, fitted)[1]
+        adapter = unflatten_dict(state.params, sep=".")
     return FitResult(
-        params=merge(state.params, frozen),
+        params=fitted,
+        adapter=adapter,
         steps=int(state.step),
         tokens=memory.tokens,
         loss_tokens=memory.loss_tokens,
@@ -329,6 +344,7 @@ class _Run:
             self.model,
             lengths=self.data.lengths(number - 1),
             loss_tokens=int(values["loss_tokens"]),
+            train_layers=self.config.lora is None,
             train_head=("embedding" if self.model.tie_embeddings else "unembedding") in self.shardings.params,
         )
         timing = clock.lap(int(values["tokens"]), sum(work.values()))
