@@ -96,7 +96,7 @@ def topology(name: str) -> Topology:
 class StepMemory:
     """Bytes on one device during a step: `total`, the state included, according to `source`.
 
-    `over` says that a compiler refused the program for its memory; `total` is then what it asked for.
+    `over` says that a compiler refused the program for its memory; `total` is then the least that it asked for.
     """
 
     total: int
@@ -210,6 +210,7 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
                 "'agentark-jax[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so"
             )
         environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": where.accelerator}
+        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is used, so there is none to guard
     else:
         flags = os.environ.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={where.devices}".strip()
@@ -220,8 +221,9 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
         [sys.executable, "-m", __name__], input=pickle.dumps((model, fit, where)), env=environment, capture_output=True
     )
     if done.returncode:
-        words = done.stderr.decode(errors="replace").strip().splitlines()
-        raise AgentArkError(f"the step does not compile for {where.name}: {words[-1] if words else done.returncode}")
+        lines = [f"exit code {done.returncode}", *done.stderr.decode(errors="replace").splitlines()]
+        reason = next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+        raise AgentArkError(f"the step does not compile for {where.name}: {reason}")
     answer = json.loads(done.stdout.splitlines()[-1])
     source = f"{answer['compiler']}, compiled in {time.monotonic() - started:.0f} s"
     return StepMemory(answer["total"], source, answer["over"])
@@ -249,11 +251,12 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
     try:
         found = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        asked = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", str(error))
-        if asked is None:
+        figures = re.findall(r"\b(\d+(?:\.\d+)?)([KMGT])\b", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not figures:
             raise
-        unit = 1024 ** ("KMGT".index(asked[2]) + 1)
-        return {"total": int(float(asked[1]) * unit), "over": True, "compiler": compiler}
+        # Whatever else the message lists, what the program asks for is the largest.
+        total = max(float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures)
+        return {"total": int(total), "over": True, "compiler": compiler}
     total = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
@@ -285,6 +288,8 @@ def table(report: Report) -> str:
         f"from {step.source}",
         "memory per device": _gib(report.topology.memory),
     }
+    if step.over:
+        lines["step per device"] = f"at least {_gib(step.total)}, which {step.source.split(',')[0]} refused"
     rows = [f"{name:<18}{words}" for name, words in lines.items()]
     if report.fits:
         share = step.total / report.topology.memory
