@@ -48,6 +48,10 @@ _TPUS: Mapping[str, tuple[str, int, float, Mapping[int, str]]] = {
     "v5p": ("v5p", 2, 95.0, _CUBE),
     "v6e": ("v6e", 1, 31.25, _FLAT),
 }
+_GPU_MODEL = (
+    "a model of the activations, no compiler: gradients, what remat keeps, one repetition of the layers with dense "
+    "attention, its gathered weights, the gathered head, chunks of logits"
+)
 _GPU_SHARE = 0.9  # the rest is left to the driver, collectives and fragmentation
 
 
@@ -153,7 +157,7 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
     head = "embedding" if model.tie_embeddings else "unembedding"
     if where.platform == "gpu":
         beyond = modelled_bytes(model, fit, sizes, _device_bytes(state.params))
-        step = StepMemory(parameter_bytes + optimizer_bytes + beyond, "a model of the activations, not a compiler")
+        step = StepMemory(parameter_bytes + optimizer_bytes + beyond, _GPU_MODEL)
     else:
         step = compiled_memory(model, fit, where)
     return Report(
