@@ -111,12 +111,12 @@ def parameter_sharding(path: str, shape: tuple[int, ...], mesh: AnyMesh) -> Name
     return NamedSharding(mesh, partition_spec(stacked + axes, shape, mesh, path))
 
 
-def row_sharding(mesh: Mesh) -> NamedSharding:
+def row_sharding(mesh: AnyMesh) -> NamedSharding:
     """Where the rows [rows, …] of a batch live."""
     return NamedSharding(mesh, PartitionSpec(mesh_axes("rows", mesh)))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 

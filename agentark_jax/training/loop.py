@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -34,6 +33,7 @@ from agentark_jax.training.state import (
     FlatParams,
     Shardings,
     TrainState,
+    abstract_state,
     initial_state,
     make_optimizer,
     merge,
@@ -170,7 +170,7 @@ def fit(
     memory = Memory()
     retention = Retention(config.keep, config.keep_every)
     with Checkpointer(directory / "checkpoints", identity, retention, config.checkpoint_async) as checkpointer:
-        restored = checkpointer.restore(_like(trainable, optimizer, shardings))
+        restored = checkpointer.restore(abstract_state(trainable, optimizer, shardings))
         if restored is None:
             state = initial_state(mesh, optimizer, trainable)
         else:
@@ -219,16 +219,6 @@ def examples_hash(examples: Sequence[Example]) -> str:
             digest.update(f"{term}\n".encode())
             digest.update(np.ascontiguousarray(weights, dtype="<f4").tobytes())
     return digest.hexdigest()[:24]
-
-
-def _like(trainable: FlatParams, optimizer: Any, shardings: Shardings) -> TrainState:
-    """Shapes, dtypes and placement of the state, without its memory."""
-    shapes = jax.eval_shape(
-        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), trainable
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-    )
 
 
 @contextmanager

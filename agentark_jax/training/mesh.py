@@ -56,7 +56,7 @@ def check_mesh(mesh: AnyMesh, model: ModelConfig, params: Mapping[str, Any], row
         )
 
 
-def param_shardings(mesh: Mesh, params: Mapping[str, Any]) -> dict[str, NamedSharding]:
+def param_shardings(mesh: AnyMesh, params: Mapping[str, Any]) -> dict[str, NamedSharding]:
     """Where each of the flat `params` (arrays or shapes) lives."""
     return {path: parameter_sharding(path, leaf.shape, mesh) for path, leaf in params.items()}
 

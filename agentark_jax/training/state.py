@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Int
 
 from agentark_jax.errors import UsageError
-from agentark_jax.models.sharding import replicated
+from agentark_jax.models.sharding import AnyMesh, replicated
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import param_shardings, place_params
 
@@ -89,7 +89,7 @@ def make_optimizer(config: FitConfig, steps: int) -> optax.GradientTransformatio
     )
 
 
-def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, trainable: Mapping[str, Any]) -> Shardings:
+def state_shardings(mesh: AnyMesh, optimizer: optax.GradientTransformation, trainable: Mapping[str, Any]) -> Shardings:
     """Where the state of the flat `trainable` (arrays or shapes) lives: what belongs to a parameter, where that is."""
     by_path = param_shardings(mesh, trainable)
     everywhere = replicated(mesh)
@@ -100,6 +100,18 @@ def state_shardings(mesh: Mesh, optimizer: optax.GradientTransformation, trainab
     shapes = jax.eval_shape(optimizer.init, dict(trainable))
     placed: tuple[Any, Any, Any] = (everywhere, by_path, jax.tree_util.tree_map_with_path(of_leaf, shapes))
     return TrainState(*placed)
+
+
+def abstract_state(
+    trainable: Mapping[str, Any], optimizer: optax.GradientTransformation, shardings: Shardings
+) -> TrainState:
+    """Shapes, dtypes and placement of the state of the flat `trainable` (arrays or shapes), without its memory."""
+    shapes = jax.eval_shape(
+        lambda params: TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params)), dict(trainable)
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def initial_state(mesh: Mesh, optimizer: optax.GradientTransformation, trainable: FlatParams) -> TrainState:

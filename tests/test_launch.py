@@ -1,0 +1,70 @@
+"""The scripts of `launch/`: what they would run, and what they say when something is missing."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = {"tpu_slice.sh": ("PROJECT", "ZONE", "DISK"), "slurm_gpu.sh": ("PARTITION", "VENV", "RUNS")}
+
+
+def launch(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The script in an environment of nothing but a PATH, where none of the programs that it would start is found."""
+    environment = {"PATH": os.defpath, **variables}
+    command = ["bash", str(ROOT / "launch" / script), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_dry_run_prints_the_commands_of_a_tpu_slice() -> None:
+    done = launch(
+        "tpu_slice.sh", "--dry-run", "configs/qwen3_0.6b.yaml", "--seeds", "[0, 1]", PROJECT="mine", SPOT="no"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    create, *_, delete = done.stdout.splitlines()
+    assert create.startswith("gcloud compute tpus queued-resources create agentark --project mine --zone ZONE ")
+    assert "--accelerator-type v5litepod-8" in create
+    assert "--spot" not in create
+    assert "scp configs/qwen3_0.6b.yaml agentark:run.yaml" in done.stdout
+    assert "agentark run --config run.yaml --root /runs --seeds" in done.stdout
+    assert delete.startswith("gcloud compute tpus queued-resources delete agentark ")
+    assert "--spot" in launch("tpu_slice.sh", "--dry-run").stdout
+
+
+def test_a_dry_run_prints_the_job_of_slurm() -> None:
+    done = launch("slurm_gpu.sh", "--dry-run", "configs/qwen3_8b.yaml", "--name", "a b", ACCOUNT="me", GPUS="4")
+    assert (done.returncode, done.stderr) == (0, "")
+    submit, *job = done.stdout.splitlines()
+    assert submit.startswith("sbatch --job-name agentark --partition PARTITION --account me --nodes 1")
+    assert "--gpus-per-node 4" in submit
+    command = f"VENV/bin/agentark run --config {ROOT}/configs/qwen3_8b.yaml --root RUNS --name a\\ b &"
+    assert command in job
+    script = "\n".join(job[:-1])
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_missing_is_named(script: str) -> None:
+    variables: dict[str, str] = {}
+    for name in SCRIPTS[script]:
+        done = launch(script, "configs/qwen3_8b.yaml", **variables)
+        assert done.returncode == 2
+        assert f"{name} is not set" in done.stderr
+        variables[name] = "x"
+    done = launch(script, "nowhere.yaml", **variables)
+    assert done.returncode == 2
+    assert "'nowhere.yaml' is no file" in done.stderr
+
+
+def test_numbers_are_checked() -> None:
+    for script, name in (("tpu_slice.sh", "ATTEMPTS"), ("slurm_gpu.sh", "HOURS")):
+        done = launch(script, "--dry-run", **{name: "many"})
+        assert done.returncode == 2
+        assert f"{name} is 'many'; give a positive number" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing() -> None:
+    assert subprocess.run(["shellcheck", *sorted(map(str, (ROOT / "launch").glob("*.sh")))]).returncode == 0
