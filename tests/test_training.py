@@ -605,7 +605,9 @@ def test_a_damaged_checkpoint_is_an_error_and_deleting_it_goes_on_from_the_one_b
             state = TrainState(jnp.asarray(step, jnp.int32), state.params, state.optimizer)
             checkpointer.save(state, {"note": step})
     place = tmp_path / "2"
-    files = [path for path in (place / "state").rglob("*") if path.is_file() and path.parent.name == "d"]
+    files = [
+        path for path in (place / "state").rglob("*") if (path.parent / ".zarray").exists() and path.name != ".zarray"
+    ]
     damage(place / what if what != "state/data" else max(files, key=lambda path: path.stat().st_size), how)
     with (
         Checkpointer(tmp_path, {"a": 1}, Retention(2)) as checkpointer,
