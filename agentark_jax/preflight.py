@@ -15,16 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh
 
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models import lora
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flops
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
@@ -32,7 +34,7 @@ from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.chunked import CHUNK_BYTES
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, make_mesh, param_shardings
-from agentark_jax.training.state import abstract_state, make_optimizer, partition, state_shardings
+from agentark_jax.training.state import FlatParams, abstract_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 
 GIB = 2**30
@@ -146,7 +148,7 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
     try:
         sizes = fit.mesh.sizes(where.devices)
         mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
-        trainable, frozen = partition(param_shapes(model), fit.freeze)
+        model, trainable, frozen = _divided(model, fit)
         check_mesh(mesh, model, {**trainable, **frozen}, fit.rows, fit.accumulation)
     except UsageError as error:
         raise UsageError(f"fit.{error}") from error
@@ -170,9 +172,24 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
         trainable=_count(trainable),
         parameter_bytes=parameter_bytes,
         optimizer_bytes=optimizer_bytes,
-        flops=sft_flops(model, lengths=[fit.row_length], loss_tokens=fit.row_length, train_head=head in trainable),
+        flops=sft_flops(
+            model,
+            lengths=[fit.row_length],
+            loss_tokens=fit.row_length,
+            train_head=head in trainable,
+            train_layers=fit.lora is None,
+        ),
         step=step,
     )
+
+
+def _divided(model: ModelConfig, fit: FitConfig) -> tuple[ModelConfig, FlatParams, FlatParams]:
+    """(the model that is trained, its trainable parameters, its frozen ones), as shapes."""
+    if fit.lora is None:
+        return model, *partition(param_shapes(model), fit.freeze)
+    model = replace(model, lora=fit.lora)
+    base, adapter = lora.split(param_shapes(model))
+    return model, flatten_dict(adapter, sep="."), flatten_dict(base, sep=".")
 
 
 def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int], trainable_bytes: int) -> int:
@@ -241,7 +258,7 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
     else:
         devices, compiler = jax.devices(), "the CPU compiler"
     mesh = make_mesh(fit.mesh, devices)
-    trainable, frozen = partition(param_shapes(model), fit.freeze)
+    model, trainable, frozen = _divided(model, fit)
     optimizer = make_optimizer(fit, _STEPS)
     shardings = state_shardings(mesh, optimizer, trainable)
     rows = (fit.rows, fit.row_length)

@@ -13,7 +13,7 @@ import pytest
 from agentark_jax import preflight
 from agentark_jax.cli import main
 from agentark_jax.errors import UsageError
-from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.config import Lora, ModelConfig
 from agentark_jax.models.published import PUBLISHED, describe
 from agentark_jax.models.source import ModelSourceConfig, ScratchConfig
 from agentark_jax.models.transformer import param_shapes
@@ -217,3 +217,13 @@ def test_a_step_that_the_tpu_compiler_refuses_for_its_memory_does_not_fit() -> N
     assert not found.fits
     assert found.step.total > found.topology.memory
     assert "fit.remat: full" in preflight.table(found)
+
+
+def test_adapters_alone_need_little_state() -> None:
+    full = report("8xH100-80GB", describe(ModelSourceConfig("Qwen/Qwen3-8B")), rows=8)
+    adapted = report("8xH100-80GB", describe(ModelSourceConfig("Qwen/Qwen3-8B")), rows=8, lora=Lora(rank=8, alpha=16))
+    layer = (4096 + 4096) + 2 * (4096 + 1024) + (4096 + 4096) + 3 * (4096 + 12288)
+    assert adapted.trainable == 36 * 8 * layer
+    assert adapted.parameters == full.parameters + adapted.trainable
+    assert adapted.optimizer_bytes < full.optimizer_bytes / 20
+    assert adapted.step.total < 0.6 * full.step.total
