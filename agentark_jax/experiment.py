@@ -108,9 +108,13 @@ def _publish_model(outcome: Outcome, results: Mapping[str, Any]) -> None:
 
 
 def _check_same_config(config: RunConfig, update: bool) -> None:
-    """Refuse a run directory that was made with another configuration."""
+    """Refuse a run directory that was made with another configuration.
+
+    One in which nothing was trained or generated yet, such as that of a run that was refused, may change its mind.
+    """
     path = config.directory / CONFIG
-    if update or not path.exists():
+    made = {manifest.parent.name for manifest in config.directory.rglob("manifest.json")}
+    if update or not path.exists() or made <= {"raw_model", "questions"}:
         return
     try:
         before = yaml.safe_load(path.read_text())

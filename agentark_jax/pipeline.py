@@ -562,6 +562,7 @@ class Pipeline:
                 validation=validation,
                 progress=bar.set,
             )
+        _release_memory()  # of the optimizer, before the export makes copies
         target = work.directory / "model"
         weights.save_pretrained(target, model.config, result.params, model.directory)
         trained = partition(model.params, config.freeze)[0] if result.adapter is None else result.adapter

@@ -245,6 +245,13 @@ def match_tokens(a: Selection, b: Selection, seed: int) -> TokenMatch:
     Raises:
         AgentArkError: an arm is empty, or no choice of whole trajectories was found to match.
     """
+    for arm in (a, b):
+        if not arm.trajectories:
+            funnel = ", ".join(f"{step.filter}: {step.kept} left" for step in arm.funnel)
+            raise AgentArkError(
+                f"The selection {arm.variant} is empty, so nothing can be learned from it ({funnel}). Ask easier "
+                "questions, let warm_start.answer teach longer, or debate more questions."
+            )
     larger, smaller = (a, b) if a.tokens >= b.tokens else (b, a)
     keep_larger, keep_smaller = _keep_order(larger, seed), _keep_order(smaller, seed)
     excess = larger.tokens - smaller.tokens

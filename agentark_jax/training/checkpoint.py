@@ -9,7 +9,10 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -203,7 +206,8 @@ class Checkpointer:
             wanted = like._asdict()
             placed = ocp.checkpoint_utils.construct_restore_args(wanted)
             arguments = ocp.args.Composite(state=ocp.args.PyTreeRestore(wanted, restore_args=placed))
-            state = TrainState(**self._manager.restore(step, args=arguments)["state"])
+            with _abandoned_reads_silenced():
+                state = TrainState(**self._manager.restore(step, args=arguments)["state"])
         except Exception as error:
             raise AgentArkError(damaged % f" ({_first_line(error)})") from error
         if state_digest(state) != digest or int(state.step) != step:
@@ -238,6 +242,25 @@ def _handlers() -> dict[str, Any]:
     """
     state = ocp.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False)
     return {"state": state, "record": ocp.JsonCheckpointHandler()}
+
+
+@contextmanager
+def _abandoned_reads_silenced() -> Iterator[None]:
+    """When one read fails, orbax abandons the others, which end with tracebacks about its closed event loop."""
+    shown = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            shown(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception:
+        time.sleep(1)  # until they have ended
+        raise
+    finally:
+        sys.unraisablehook = shown
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:
