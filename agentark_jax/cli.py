@@ -86,9 +86,18 @@ def _run(arguments: Sequence[str], prog: str) -> int:
     from agentark_jax.training import distributed
 
     distributed.initialize()
+    from agentark_jax.cache import enable_compilation_cache
+
+    enable_compilation_cache()
+    if distributed.follows():
+        from agentark_jax.training.job import follow
+
+        follow()
+        return 0
     from agentark_jax import experiment
 
-    experiment.run(resolved, update=update)
+    with distributed.leading():
+        experiment.run(resolved, update=update)
     return 0
 
 

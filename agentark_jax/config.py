@@ -11,6 +11,7 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from agentark_jax.data.config import PromptConfig
+from agentark_jax.engines import config as engines
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.config import EvaluationConfig
@@ -19,7 +20,18 @@ from agentark_jax.models.source import ModelSourceConfig
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.traces.config import SelectionConfig
+from agentark_jax.training import config as training
 from agentark_jax.training.config import FitConfig, MeshConfig
+
+FITS = ("warm_start.answer", "warm_start.revision", "fit")
+
+# Keys, and groups of them, on which no result depends: a run directory takes them as they come.
+FREE = (
+    "root",
+    "name",
+    *(f"{fit}.{key}" for fit in FITS for key in training.BOOKKEEPING),
+    *(f"engine.{key}" for key in engines.BOOKKEEPING),
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +194,7 @@ def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunCon
 
 def _check_fits(namespace: Namespace) -> None:
     """`FitConfig` stands in several places and does not know its own; complain with the whole key."""
-    for key in ("fit", "warm_start.answer", "warm_start.revision"):
+    for key in FITS:
         try:
             values = namespace[key].as_dict()
             lora = None if values["lora"] is None else Lora(**values["lora"])

@@ -12,7 +12,6 @@ import yaml
 from rich.console import Console
 
 from agentark_jax import config as configuration
-from agentark_jax.cache import enable_compilation_cache
 from agentark_jax.config import RunConfig
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import write_json, write_text
@@ -41,7 +40,6 @@ def run(config: RunConfig, *, update: bool) -> None:
     """
     started = time.monotonic()
     display = Display(Console())
-    enable_compilation_cache()
     with locked(config.directory):
         _check_same_config(config, update)
         write_text(config.directory / CONFIG, configuration.to_yaml(config))
@@ -123,8 +121,11 @@ def _check_same_config(config: RunConfig, update: bool) -> None:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise AgentArkError(f"{path}: damaged ({error}). Delete it to go on in this directory.") from error
     old, new = configuration.flat(before), configuration.flat(configuration.as_dict(config))
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changed = [key for key in changed if key not in ("root", "name")]
+    changed = [
+        key
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not f"{key}.".startswith(tuple(f"{free}." for free in configuration.FREE))
+    ]
     if changed:
         shown = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in changed[:5])
         more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""

@@ -5,18 +5,17 @@ in the run's trace store, under keys that say everything they depend on, so no s
 """
 
 import asyncio
-import ctypes
-import gc
 import json
 import shutil
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from agentark_jax.config import RunConfig, as_dict
+from agentark_jax.config import FITS, RunConfig, as_dict
 from agentark_jax.data.chat import make_format
 from agentark_jax.data.render import Format, PlainFormat, Prompt, completion_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -27,7 +26,6 @@ from agentark_jax.files import write_json
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
-from agentark_jax.models.lora import save_adapter
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Caller, Draw
@@ -41,7 +39,7 @@ from agentark_jax.traces import labels as labelling
 from agentark_jax.traces.selection import Selection, load_selection, match_tokens, save_selection, select, subset
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.loop import fit
+from agentark_jax.training.job import Job, release_memory, train
 from agentark_jax.training.mesh import check_mesh, make_mesh
 from agentark_jax.training.state import partition
 
@@ -217,9 +215,8 @@ class Pipeline:
             ]
 
         def build_answers(work: Work) -> None:
-            model = self._load(raw)
             validation = answers(questions["validation"])
-            self._fit(work, "teach answers", settings.answer, model, answers(first), validation)
+            self._fit(work, "teach answers", settings.answer, raw, answers(first), validation)
 
         taught = self.run.produce(
             "warm_start_answers",
@@ -259,7 +256,6 @@ class Pipeline:
         )
 
         def build_base(work: Work) -> None:
-            model = self._load(taught)
             peers = self._turns_of(sampled)
             revisions = [
                 self._revision_example(question, peers[question.id], form, index + turn)
@@ -268,7 +264,7 @@ class Pipeline:
             ]
             validation = answers(questions["validation"])
             examples = answers(second) + revisions
-            self._fit(work, "teach revision", settings.revision, model, examples, validation)
+            self._fit(work, "teach revision", settings.revision, taught, examples, validation)
 
         return self.run.produce(
             "base",
@@ -366,10 +362,10 @@ class Pipeline:
         by_id = {question.id: question for question in questions["debate"]}
 
         def build(work: Work) -> None:
-            model = self._load(base)
+            form = self._format(_model_directory(base))
             examples = [
                 completion_example(
-                    model.form.question(by_id[trajectory.question_id]),
+                    form.question(by_id[trajectory.question_id]),
                     trajectory.completion_ids.tolist(),
                     question_id=trajectory.question_id,
                     variant=selection.variant,
@@ -377,7 +373,7 @@ class Pipeline:
                 )
                 for trajectory in selection.trajectories
             ]
-            self._fit(work, f"distil {name}", self.config.fit, model, examples, [])
+            self._fit(work, f"distil {name}", self.config.fit, base, examples, [])
 
         content = stable_hash([[t.turn_key for t in selection.trajectories], selection.variant])
         return self.run.produce(
@@ -511,13 +507,8 @@ class Pipeline:
         """Refuse, before anything expensive starts, a fit that the devices here cannot share."""
         model = load_config(_model_directory(raw))
         shapes = partition(transformer.param_shapes(model), [])[0]
-        warm_start = self.config.warm_start
-        fits = {
-            "warm_start.answer": warm_start.answer,
-            "warm_start.revision": warm_start.revision,
-            "fit": self.config.fit,
-        }
-        for key, config in fits.items():
+        for key in FITS:
+            config: FitConfig = attrgetter(key)(self.config)
             try:
                 check_mesh(make_mesh(config.mesh), model, shapes, config.rows, config.accumulation)
             except UsageError as error:
@@ -529,7 +520,7 @@ class Pipeline:
         revision = stage.counts["revision"]
         if self._model is None or self._model.revision != revision:
             self._model = None  # let go of the old parameters before the new ones come
-            _release_memory()
+            release_memory()
             config = load_config(directory)
             params = weights.load_params(directory, config)
             self._model = Model(directory, revision, config, params, self._format(directory))
@@ -540,38 +531,21 @@ class Pipeline:
         work: Work,
         title: str,
         config: FitConfig,
-        model: Model,
+        model: Manifest,
         examples: Sequence[Example],
         validation: Sequence[Example],
     ) -> None:
-        """Train a model on examples; the artefacts are the model in Hugging Face format and the training's record.
-
-        Where adapters were trained, they are merged into the model and lie beside it in PEFT's format.
-        """
+        """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
         self._model = None  # training needs the room
-        _release_memory()
+        release_memory()
+        directory, revision = _model_directory(model), model.counts["revision"]
+        job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
         with self.display.bar(title, total=1) as bar:
-            result = fit(
-                config,
-                model.config,
-                model.params,
-                examples,
-                directory=work.directory,
-                seed=self.seed,
-                fingerprint={"model": model.revision},
-                validation=validation,
-                progress=bar.set,
-            )
-        _release_memory()  # of the optimizer, before the export makes copies
-        target = work.directory / "model"
-        weights.save_pretrained(target, model.config, result.params, model.directory)
-        trained = partition(model.params, config.freeze)[0] if result.adapter is None else result.adapter
-        if result.adapter is not None:
-            adapted = replace(model.config, lora=config.lora)
-            save_adapter(work.directory / "adapter", adapted, result.adapter, str(model.directory))
+            result = train(job, bar.set)
+        trained = partition(result.params, config.freeze)[0] if result.adapter is None else result.adapter
         work.tokens = result.tokens
         work.counts = {
-            "revision": weights.weights_fingerprint(target),
+            "revision": weights.weights_fingerprint(work.directory / "model"),
             "location": "model",
             "trainable": _size(trained),
             "examples": len(examples),
@@ -657,17 +631,6 @@ class Pipeline:
         for key in keys:
             turns.setdefault(found[key].call.question_id, []).append(found[key])
         return turns
-
-
-def _release_memory() -> None:
-    """Free what is unreachable and hand it back to the system.
-
-    The C library keeps freed pieces of up to 32 MB for itself; after a fit of a small model that is most of its state,
-    gigabytes that the next stage would come on top of.
-    """
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it, others return memory by themselves
-        trim(0)
 
 
 def _model_directory(stage: Manifest) -> Path:

@@ -20,11 +20,16 @@ import test_training as t
 from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
-from agentark_jax.models.config import Lora
+from agentark_jax.errors import AgentArkError
+from agentark_jax.models.config import Lora, load_config
 from agentark_jax.models.sharding import on_mesh, parameter_sharding, row_sharding
+from agentark_jax.models.source import ScratchConfig
+from agentark_jax.models.transformer import init_params
+from agentark_jax.models.weights import save_pretrained
 from agentark_jax.objectives.chunked import chunked_nll
 from agentark_jax.training import distributed
 from agentark_jax.training.config import MeshConfig
+from agentark_jax.training.job import Job, follow, train
 from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import local_rows, make_mesh, place_batch, place_params
 from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
@@ -118,7 +123,26 @@ def run(directory, mesh, progress=None, **changes):
     return {"history": np.asarray(result.history), "tokens": np.asarray(result.tokens), **params}
 
 
+def make_base(directory):
+    """A small random model below the directory, from which `jobs` start."""
+    raw = ScratchConfig(hidden_size=32, layers=3, heads=4, head_dim=8, intermediate_size=48, max_positions=64)
+    base = directory / "base"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(raw.to_hf(vocabulary=64, bos_id=None, eos_id=1)))
+    config = load_config(base)
+    save_pretrained(base, config, init_params(config, 3), base)
+
+
+def jobs(directory, place, mesh):
+    """Two jobs from the model in `directory`: all parameters, and adapters; their results below `place`."""
+    for name, changes in (("trained", {}), ("adapted", {"lora": LORA})):
+        (place / name).mkdir(parents=True, exist_ok=True)
+        config = replace(CONFIG, learning_rate=1e-3, steps=4, mesh=MeshConfig(*mesh), **changes)
+        yield Job(config, directory / "base", "base", EXAMPLES, [], place / name, 7)
+
+
 def eight(directory):
+    make_base(directory)
     for name, model in (("tied", TIED), ("untied", UNTIED)):
         np.savez(directory / f"{name}_one.npz", **three_steps(model, (1, 1, 1)))
         for mesh, shape in MESHES.items():
@@ -152,6 +176,32 @@ def terminated(directory):
         return stop.code
 
 
+def complaint(function, *arguments):
+    """What the function complains about."""
+    try:
+        function(*arguments)
+    except AgentArkError as error:
+        return str(error)
+
+
+def fail():
+    with distributed.leading():
+        raise AgentArkError("no paper")
+
+
+def share_jobs(directory):
+    """The two processes do the jobs; then one cannot take part, and at last the leader fails."""
+    if distributed.follows():
+        follow()
+    else:
+        with distributed.leading():
+            for job in jobs(directory, directory / "jobs", (1, 2, 2)):
+                train(job)
+    follower = distributed.follows()
+    said = [complaint(distributed.agree, "no disk" if follower else None), complaint(follow if follower else fail)]
+    (directory / f"said_{jax.process_index()}.json").write_text(json.dumps(said))
+
+
 def two(directory):
     distributed.initialize()
     assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
@@ -169,6 +219,7 @@ def two(directory):
     if jax.process_index() == 0:
         np.savez(directory / "two.npz", rows_read=read, **found)
         np.savez(directory / "to_two.npz", **resumed)
+    share_jobs(directory)
     sys.exit(terminated(directory / "terminated"))
 
 

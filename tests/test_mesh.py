@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import test_training as t
 from jax.sharding import AbstractMesh
+from safetensors.numpy import load_file
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.sharding import parameter_sharding
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.distributed import cluster
+from agentark_jax.training.job import train
 from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import check_mesh, make_mesh
 from agentark_jax.training.state import partition
@@ -117,6 +119,25 @@ def test_two_processes_equal_one_and_read_half_of_the_rows_each(two, one):
     assert_same_fit(found, one)
     lines = [json.loads(line) for line in (two / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == one["history"][:, 0].tolist()
+
+
+def test_models_that_two_processes_train_and_export_are_those_of_one(two, tmp_path):
+    for job in worker.jobs(two, tmp_path, (1, 1, 1)):
+        train(job)
+        theirs = two / "jobs" / job.directory.name
+        for file in job.directory.glob("*/*.safetensors"):
+            found = load_file(theirs / file.relative_to(job.directory))
+            assert_equal_up_to(found, load_file(file), STEPPED)
+        assert {path.name for path in (theirs / "model").iterdir()} == {
+            path.name for path in (job.directory / "model").iterdir()
+        }
+    assert (two / "jobs" / "adapted" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_processes_hear_of_what_stops_another(two):
+    leader, follower = (json.loads((two / f"said_{number}.json").read_text()) for number in range(2))
+    assert leader == ["process 1 cannot take part; its output says why", "no paper"]
+    assert follower == ["no disk", "the first process failed; its output says why"]
 
 
 def test_resumed_on_the_same_mesh_bit_by_bit(eight):

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -124,6 +125,11 @@ def test_another_configuration_needs_to_be_meant(finished):
     assert "Traceback" not in shown
 
 
+def test_what_changes_no_result_may_change(finished):
+    shown = complete(finished.parent, "--fit.mesh.data", "-1", "--fit.mesh.fsdp", "1", "--engine.slots", "8")
+    assert "Everything was up to date" in shown
+
+
 def test_the_exported_model_is_what_transformers_computes(finished):
     import numpy as np
     import torch
@@ -233,3 +239,20 @@ def test_several_seeds_share_a_report(finished, tmp_path):
     for seed in (0, 1):
         assert (tmp_path / "tiny" / f"seed-{seed}" / "model" / "model.safetensors").exists()
     assert "Everything was up to date" in complete(tmp_path, "--seeds", "[0, 1]")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_run_together(tmp_path):
+    """One of them leads, both train, and a second start finds everything up to date."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        several = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+    for expected in ("debate student over single-agent student", "Everything was up to date"):
+        processes = [start(tmp_path, **several, JAX_PROCESS_ID=str(number)) for number in range(2)]
+        leader, follower = (process.communicate(timeout=900)[0] for process in processes)
+        assert [process.returncode for process in processes] == [0, 0], leader + follower
+        assert expected in leader
+        assert "✓" not in follower
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    assert results["arms"]["student"]["n"] == 16
+    assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()

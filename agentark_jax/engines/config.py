@@ -7,6 +7,9 @@ from agentark_jax.errors import UsageError
 
 CacheDtype = Literal["float32", "bfloat16"]
 
+# They decide in what portions the work is done, not what comes out: a resumed run may change them.
+BOOKKEEPING = ("slots", "context", "chunk", "prompt_bucket")
+
 
 @dataclass(frozen=True)
 class EngineConfig:

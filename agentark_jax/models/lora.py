@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array
 from safetensors.numpy import save_file
 
 from agentark_jax.errors import UsageError
@@ -83,13 +85,18 @@ def merge(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params]:
     scale = _lora(config).scale
     base, adapter = split(params)
     merged, flat = flatten_dict(base), flatten_dict(adapter)
-    for path, a in flat.items():
-        if path[-1] != "a":
-            continue
-        *place, _, name, _ = path
-        weight, b = merged[(*place, name)], flat[(*path[:-1], "b")]
+
+    def added(weight: Array, a: Array, b: Array) -> Array:
         change = scale * jnp.einsum("...or,...ri->...oi", b, a, preferred_element_type=jnp.float32)
-        merged[(*place, name)] = (weight.astype(jnp.float32) + change.reshape(weight.shape)).astype(weight.dtype)
+        return (weight.astype(jnp.float32) + change.reshape(weight.shape)).astype(weight.dtype)
+
+    for path, a in flat.items():
+        if path[-1] == "a":
+            *place, _, name, _ = path
+            weight = merged[(*place, name)]
+            # Where the weight is divided over devices, so is the sum: none of them ever holds the whole of it.
+            summed = jax.jit(added, out_shardings=weight.sharding)(weight, a, flat[(*path[:-1], "b")])
+            merged[(*place, name)] = summed
     return dataclasses.replace(config, lora=None), unflatten_dict(merged)
 
 
@@ -117,7 +124,8 @@ def save_adapter(directory: Path, config: ModelConfig, params: Params, base_mode
     """Write the adapter among `params`, alone or with its base, as a directory in PEFT's format, in float32.
 
     `base_model` is the hub id or path by which PEFT finds the base. The directory appears only when it is complete;
-    an existing one is replaced. Raises AgentArkError when it cannot be written.
+    an existing one is replaced. With several processes all must call this; the first one writes. Raises AgentArkError
+    when it cannot be written.
     """
     lora = _lora(config)
     description = {
@@ -141,8 +149,10 @@ def save_adapter(directory: Path, config: ModelConfig, params: Params, base_mode
         "use_dora": False,
         "use_rslora": False,
     }
+    tensors = named_tensors(params, adapter_table(config), np.dtype(np.float32))
+    if jax.process_index() > 0:
+        return Path(directory)
     with replaced_directory(Path(directory)) as fresh:
-        tensors = named_tensors(params, adapter_table(config), np.dtype(np.float32))
         save_file(tensors, fresh / _WEIGHTS, metadata={"format": "pt"})
         (fresh / _CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return Path(directory)

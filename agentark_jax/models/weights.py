@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -303,8 +304,8 @@ def save_pretrained(
 
     Weights that take more than `max_shard_bytes` are split over several files with an index; at most one file's are
     on the host at a time. config.json (with `dtype`), tokenizer files and generation_config.json come from
-    `source_dir`. An existing directory is replaced. Raises AgentArkError when the disk is full or not writable,
-    UsageError when `params` do not fit `config`.
+    `source_dir`. An existing directory is replaced. With several processes all must call this; the first one writes.
+    Raises AgentArkError when the disk is full or not writable, UsageError when `params` do not fit `config`.
     """
     wanted, directory, source_dir = _dtype(dtype), Path(directory), Path(source_dir)
     if config.lora is not None:
@@ -317,11 +318,22 @@ def save_pretrained(
         raise UsageError(
             f"{directory}: the parameters do not fit the config: {wrong[:12]}; pass the model's own config"
         )
+    shards = _file_plan(config, wanted, max_shard_bytes)
+    if jax.process_index() > 0:
+        for entries in shards.values():
+            named_tensors(params, entries, wanted)
+        return directory
     raw = dict(read_json(source_dir / "config.json"))
     raw.pop("torch_dtype", None)  # the spelling of transformers 4
     raw["dtype"] = dtype
     with replaced_directory(directory) as fresh:
-        _write_tensors(fresh, config, params, wanted, max_shard_bytes)
+        for name, entries in shards.items():
+            save_file(named_tensors(params, entries, wanted), fresh / name, metadata={"format": "pt"})
+        if len(shards) > 1:
+            weight_map = {entry.name: name for name, entries in shards.items() for entry in entries}
+            total = _file_bytes(config, tensor_table(config), wanted)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (fresh / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (fresh / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         for name in (*_COMPANIONS, "generation_config.json"):
             if (source_dir / name).is_file():
@@ -332,32 +344,39 @@ def save_pretrained(
 
 
 def named_tensors(params: Params, table: Sequence[Entry], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """The tensors that a table names, from stacked parameters, in their shape and `dtype` in the file."""
+    """The tensors that a table names, from stacked parameters, in their shape and `dtype` in the file.
+
+    Parameters that are spread over several processes are gathered, one layer's at a time: all of them must call this.
+    """
     tensors = {}
     for entry in table:
         leaf = _leaf(params, entry.path)
-        part = np.asarray(leaf if entry.repeat is None else leaf[entry.repeat])
-        tensors[entry.name] = part.reshape(entry.file_shape(leaf.shape)).astype(dtype, copy=False)
+        part = leaf if entry.repeat is None else leaf[entry.repeat]
+        if isinstance(part, jax.Array) and not part.is_fully_addressable:
+            part = multihost_utils.process_allgather(part, tiled=True)
+        tensors[entry.name] = np.asarray(part).reshape(entry.file_shape(leaf.shape)).astype(dtype, copy=False)
     return tensors
 
 
-def _write_tensors(directory: Path, config: ModelConfig, params: Params, dtype: np.dtype, max_bytes: int) -> None:
-    shapes, shards, sizes = param_shapes(config), list[list[Entry]](), list[int]()
+def _file_plan(config: ModelConfig, dtype: np.dtype, max_bytes: int) -> dict[str, list[Entry]]:
+    """Which tensors go into which file, by name: as many as fit in `max_bytes`, at least one."""
+    files: list[list[Entry]] = []
+    room = 0
     for entry in tensor_table(config):
-        size = math.prod(entry.file_shape(tuple(_leaf(shapes, entry.path).shape))) * dtype.itemsize
-        if not shards or sizes[-1] + size > max_bytes:
-            shards.append([])
-            sizes.append(0)
-        shards[-1].append(entry)
-        sizes[-1] += size
-    count = len(shards)
+        size = _file_bytes(config, [entry], dtype)
+        if not files or size > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(entry)
+        room -= size
+    count = len(files)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else [_SINGLE]
-    for name, entries in zip(names, shards, strict=True):
-        save_file(named_tensors(params, entries, dtype), directory / name, metadata={"format": "pt"})
-    if count > 1:
-        weight_map = {entry.name: name for name, entries in zip(names, shards, strict=True) for entry in entries}
-        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return dict(zip(names, files, strict=True))
+
+
+def _file_bytes(config: ModelConfig, entries: Sequence[Entry], dtype: np.dtype) -> int:
+    shapes = param_shapes(config)
+    return dtype.itemsize * sum(math.prod(e.file_shape(tuple(_leaf(shapes, e.path).shape))) for e in entries)
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
