@@ -169,13 +169,15 @@ class _Parser(ArgumentParser):
 
 
 def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunConfig, bool]:
-    """The configuration of `--config FILE` and one option per key, and whether `--update` was given.
+    """The configuration of `--config FILE` (any number) and one option per key, and whether `--update` was given.
 
     Raises:
         UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
     """
     parser = _Parser(prog=prog, description=description, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; options after it win.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; later files and options win."
+    )
     parser.add_argument(
         "--update",
         action="store_true",
@@ -204,13 +206,13 @@ def _check_fits(namespace: Namespace) -> None:
 
 
 def _located(message: str, arguments: Sequence[str]) -> str:
-    """The message with the configuration file in front, unless it is about an option of the command line."""
+    """The message with the configuration files in front, unless it is about an option of the command line."""
     options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     if any(option[2:] in message for option in options if option != "--config"):
         return message
     joined = " ".join(arguments)
     files = re.findall(r"--config[= ](\S+)", joined)
-    return f"{files[-1]}: {message}" if files and files[-1] not in message else message
+    return f"{', '.join(files)}: {message}" if files and not any(file in message for file in files) else message
 
 
 def as_dict(config: Any) -> dict[str, Any]:

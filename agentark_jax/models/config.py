@@ -255,9 +255,12 @@ class ModelConfig:
         keys = _Keys(raw, where)
         model_type = raw.get("model_type")
         if model_type == "gemma3" or {"text_config", "vision_config", "audio_config"} & raw.keys():
+            way_out = "choose a text model"
+            if model_type == "gemma3":
+                way_out = "save the text model in it as README (Gemma 3 from 4B on) says, and give that directory"
             raise UsageError(
-                f"{where}: key model_type: {model_type!r} is a multimodal model; export its text model "
-                f"(one of {sorted(_FAMILIES)}) and point to that directory"
+                f"{where}: key model_type: {model_type!r} is a multimodal model, which is not supported; {way_out} "
+                f"(one of {sorted(_FAMILIES)})"
             )
         if any("expert" in key for key in raw):
             raise UsageError(
