@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,6 +134,14 @@ class RunConfig:
             raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
             raise UsageError(f"curve is {self.curve}: give different shares of the questions, each between 0 and 1.")
+        for key in FITS:
+            fit: FitConfig = attrgetter(key)(self)
+            if key == "fit" and fit.eval_every is not None:
+                raise UsageError(f"fit.eval_every is {fit.eval_every}: students are not validated, give null.")
+            if fit.eval_every is not None and not self.questions.validation:
+                raise UsageError(f"{key}.eval_every is {fit.eval_every}: set questions.validation too, or give null.")
+            if not fit.coefficients.keys() <= {"completion"}:
+                raise UsageError(f"{key}.coefficients is {fit.coefficients}: the only loss term is completion.")
 
     @property
     def directory(self) -> Path:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import our_logits
 
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import UsageError
@@ -103,12 +104,6 @@ class Case:
 def their_logits(model: "transformers.PreTrainedModel", ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(ids, dtype=torch.int64)).logits.numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_logits(config: ModelConfig, params: transformer.Params, ids: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return transformer.logits(config, params, transformer.hidden_states(config, params, ids, positions))
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +281,10 @@ def scaling(**changes: object) -> dict:
         (LLAMA_31, {"mlp_bias": 1}, "mlp_bias: is 1; true or false"),
         (LLAMA_31, {"num_local_experts": 8}, "mixture of experts"),
         (LLAMA_31, {"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        (LLAMA_31, {"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts"),
+        (QWEN_25, {"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts"),
         (LLAMA_31, {"model_type": "mllama", "text_config": {}}, "multimodal"),
+        (QWEN_25, {"model_type": "qwen2_5_vl", "vision_config": {}}, "multimodal"),
         (QWEN_25, {"mlp_bias": True}, "mlp_bias: is True"),
         (QWEN_25, {"attention_bias": False}, r"unknown keys \['attention_bias'\]"),
         (QWEN_25, {"num_key_value_heads": None}, "num_key_value_heads: is missing"),
@@ -322,7 +320,7 @@ def test_the_text_model_that_readme_saves_is_the_one_in_the_multimodal_checkpoin
     source, directory = tmp_path / "whole", tmp_path / "text"
     whole.save_pretrained(source)
     train_tokenizer(["one two three"], 300, source)
-    with pytest.raises(UsageError, match=r"multimodal model.*save the text model in it as README"):
+    with pytest.raises(UsageError, match=r"multimodal model.*save the text model in it, as README"):
         load_config(source)
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     code = readme.split("```python\n")[1].split("```")[0]
