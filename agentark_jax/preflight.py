@@ -266,7 +266,7 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
     batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
     step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings)
-    lowered = step.lower(  # type: ignore[attr-defined]  # a jitted function
+    lowered = step.lower(
         abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
     )
     try:
@@ -278,6 +278,7 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
         # Whatever else the message lists, what the program asks for is the largest.
         total = max(float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures)
         return {"total": int(total), "over": True, "compiler": compiler}
+    assert found is not None  # the compilers of these platforms know
     total = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
