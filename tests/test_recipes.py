@@ -53,7 +53,7 @@ def test_what_is_not_run_again_stays(
     monkeypatch.setattr(dry_runs, "README", readme)
     for recipe in ("qwen3_0.6b", "qwen3_8b"):
         assert dry_runs.main(["--platform", "gpu", "--only", recipe]) == 0
-    assert "2 of 2: qwen3_8b, adapters, 2xH100-80GB: fits, 4" in capsys.readouterr().err
+    assert "2 of 2: qwen3_8b, adapters, 2xH100-80GB: fits, " in capsys.readouterr().err
     assert dry_runs.main(["--table"]) == 0
     table = capsys.readouterr().out
     assert readme.read_text() == f"before\n\n{table}\nafter\n"
