@@ -27,7 +27,7 @@ from jax.sharding import AbstractMesh
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import lora
-from agentark_jax.models.attention import kernel_platform
+from agentark_jax.models.attention import AttentionPlan
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flops
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
@@ -265,24 +265,8 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
 
 def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[str, Any]:
     """`compiled_memory` within its process: {total, over, compiler}."""
-    if where.platform == "tpu":
-        described = topologies.get_topology_desc(where.arrangement, platform="tpu")
-        devices, compiler = described.devices, "the TPU compiler"
-    else:
-        devices, compiler = jax.devices(), "the CPU compiler"
-    mesh = make_mesh(fit.mesh, devices)
-    model, trainable, frozen = _divided(model, fit)
-    optimizer = make_optimizer(fit, _STEPS)
-    shardings = state_shardings(mesh, optimizer, trainable)
-    rows = (fit.rows, fit.row_length)
-    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=row_sharding(mesh))
-    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
-    batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
-    attention, _ = fit_attention(fit, model, kernel_platform(devices[0]))
-    step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings, attention)
-    lowered = step.lower(  # type: ignore[attr-defined]  # a jitted function
-        abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
-    )
+    compiler = f"the {where.platform.upper()} compiler"
+    lowered = lower_step(model, fit, where, fit_attention(fit, model, where.platform)[0])
     try:
         found = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -292,6 +276,7 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
         # Whatever else the message lists, what the program asks for is the largest.
         total = max(float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures)
         return {"total": int(total), "over": True, "compiler": compiler}
+    assert found is not None, "compilers of all platforms tell"
     total = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
@@ -300,6 +285,26 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
         + found.generated_code_size_in_bytes
     )
     return {"total": total, "over": False, "compiler": compiler}
+
+
+def lower_step(model: ModelConfig, fit: FitConfig, where: Topology, attention: AttentionPlan) -> jax.stages.Lowered:
+    """The step of a fit for the devices of a topology, of which none need be there."""
+    if where.platform == "tpu":
+        devices = topologies.get_topology_desc(where.arrangement, platform="tpu").devices
+    else:
+        devices = jax.devices()
+    mesh = make_mesh(fit.mesh, devices)
+    model, trainable, frozen = _divided(model, fit)
+    optimizer = make_optimizer(fit, _STEPS)
+    shardings = state_shardings(mesh, optimizer, trainable)
+    rows = (fit.rows, fit.row_length)
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=row_sharding(mesh))
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
+    batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
+    step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings, attention)
+    return step.lower(  # type: ignore[attr-defined]  # a jitted function
+        abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
+    )
 
 
 def table(report: Report) -> str:

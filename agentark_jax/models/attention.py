@@ -63,29 +63,28 @@ def choose_attention(
     `packed` says that rows hold several segments. A kernel that lacks something is passed over for one that has it, in
     the end for XLA, and only in the layers that need it: all of them give the same result up to rounding.
     """
+    candidates: tuple[Backend, ...] = ()
+    if platform == "gpu":
+        candidates = ("pallas",) if packed else ("cudnn", "pallas")
+    elif platform == "tpu":
+        candidates = ("splash",)
     found: dict[LayerType, Backend] = {}
     words = []
     for layer_type in sorted(set(config.layer_types)):
-        lacks = {
-            backend: _lack(backend, config, _window(config, layer_type, length), length, jnp.dtype(dtype))
-            for backend in _candidates(platform, packed)
-        }
-        found[layer_type] = next((backend for backend, lack in lacks.items() if lack is None), "xla")
-        passed = [f"{backend} {lack}" for backend, lack in lacks.items() if lack is not None]
-        because = "; ".join(passed) if lacks else "there is no kernel for this platform"
-        words.append(found[layer_type] + (f" ({because})" if because else ""))
+        passed = []
+        for backend in candidates:
+            lack = _lack(backend, config, _window(config, layer_type, length), length, jnp.dtype(dtype))
+            if lack is None:
+                found[layer_type] = backend
+                break
+            passed.append(f"{backend} {lack}")
+        because = "; ".join(passed) if candidates else "there is no kernel for this platform"
+        words.append(found.setdefault(layer_type, "xla") + (f" ({because})" if because else ""))
     if len(set(words)) > 1:
         words = [f"{each} in {layer_type} layers" for layer_type, each in zip(found, words, strict=True)]
     rows = f"{'packed ' if packed else ''}rows of {length} in {jnp.dtype(dtype).name}"
     plan = AttentionPlan(found.get("full_attention", "xla"), found.get("sliding_attention", "xla"))
     return plan, f"{', '.join(dict.fromkeys(words))}; on {platform}, {rows}"
-
-
-def _candidates(platform: str, packed: bool) -> list[Backend]:
-    """The kernels of a platform, the best one first."""
-    if platform == "gpu":
-        return ["pallas"] if packed else ["cudnn", "pallas"]
-    return ["splash"] if platform == "tpu" else []
 
 
 def _window(config: ModelConfig, layer_type: LayerType, length: int) -> int | None:
