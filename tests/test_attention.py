@@ -23,6 +23,7 @@ from agentark_jax.models.transformer import hidden_states
 PALLAS = AttentionPlan("pallas", "xla", interpret=True)
 SPLASH = AttentionPlan("splash", "splash", interpret=True)
 CUDNN = AttentionPlan("cudnn", "cudnn")
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def segments(length):
@@ -48,7 +49,7 @@ def outputs_and_gradients(plan, length, *, heads, kv_heads, head_dim=32, window=
         mixed = attend(*arrays, 0.3, softcap)
         return (mixed * direction).sum(), mixed
 
-    gradients, mixed = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+    gradients, mixed = quick_jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
     return [np.asarray(array, np.float32) for array in (mixed, *gradients)]
 
 
@@ -126,7 +127,7 @@ def model_gradient(plan, length, remat):
 @pytest.mark.parametrize(("plan", "length"), [(PALLAS, 48), (SPLASH, 128)], ids=["pallas", "splash"])
 def test_a_model_has_the_gradient_that_it_has_with_dense_attention(plan, length):
     kernels, dense = model_gradient(plan, length, "products"), model_gradient(XLA, length, "products")
-    found, expected = (jax.jit(function)(params) for function, params in (kernels, dense))
+    found, expected = (quick_jit(function)(params) for function, params in (kernels, dense))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     assert largest > 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest, rtol=1e-4), found, expected)
@@ -159,7 +160,7 @@ def eight(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 3])  # whole on each device, divided, and whole again over two devices
+@pytest.mark.parametrize("kv_heads", [2, 3])  # divided over two devices, and whole on each of them
 def test_kernels_on_eight_devices_equal_dense_attention_on_one(eight, kv_heads):
     found = np.load(eight / f"kernel_{kv_heads}.npz")
     for name, expected in test_mesh.worker.attend(XLA, (1, 1, 1), kv_heads).items():
