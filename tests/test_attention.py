@@ -190,8 +190,8 @@ def chosen(platform, *, packed=True, length=1024, dtype="bfloat16", **changes):
 @pytest.mark.parametrize(
     ("platform", "settings", "plan", "words"),
     [
-        ("cpu", {}, ("xla", "xla"), "xla (there is no kernel for this platform); on cpu, packed rows of 1024"),
-        ("Radeon", {}, ("xla", "xla"), "on Radeon"),
+        ("cpu", {}, ("xla", "xla"), "xla; there are no kernels for cpu"),
+        ("Radeon", {}, ("xla", "xla"), "no kernels for Radeon"),
         ("tpu", {}, ("splash", "splash"), "splash; on tpu, packed rows of 1024 in bfloat16"),
         ("tpu", {"dtype": "float32", "attention_softcap": 5.0}, ("splash", "splash"), "in float32"),
         ("tpu", {"length": 200}, ("xla", "xla"), "xla (splash needs rows of a multiple of 128)"),
