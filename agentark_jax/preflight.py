@@ -51,8 +51,8 @@ _TPUS: Mapping[str, tuple[str, int, float, Mapping[int, str]]] = {
     "v6e": ("v6e", 1, 31.25, _FLAT),
 }
 _GPU_MODEL = (
-    "a model of the activations, no compiler: gradients, what remat keeps, one repetition of the layers with dense "
-    "attention, its gathered weights, the gathered head, chunks of logits"
+    "a model of the activations, no compiler: gradients, what remat keeps, one layer with dense attention, the "
+    "gathered weights of one repetition of the layers, the gathered head, chunks of logits"
 )
 _GPU_SHARE = 0.9  # the rest is left to the driver, collectives and fragmentation
 
@@ -196,7 +196,7 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     """Bytes on one device beyond the state, where no compiler tells; `trainable_bytes` are its trained parameters.
 
     Gradients (twice with accumulation), the weights of one repetition of the layer pattern gathered in the compute
-    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one repetition with dense fp32
+    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one layer with dense fp32
     attention scores and their gradients, the head gathered with its fp32 gradient, and three chunks of logits.
     """
     width = jnp.dtype(fit.compute_dtype).itemsize
@@ -209,9 +209,8 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     scores = heads * fit.row_length * (4 + 4 + width)
     whole = products + width * (2 * queries + keys + inner + 4 * hidden) + scores
     kept = {"none": whole, "products": products, "outputs": 2 * width * hidden, "full": 0}[fit.remat]
-    repetitions = model.num_periods + (model.num_layers % model.period > 0)
-    saved = tokens * (model.num_layers * kept + repetitions * width * hidden)
-    working = tokens * ((0 if fit.remat == "none" else model.period * whole) + scores)
+    saved = tokens * model.num_layers * (kept + width * hidden)
+    working = tokens * ((0 if fit.remat == "none" else whole) + scores)
     gradients = trainable_bytes * (2 if fit.accumulation > 1 else 1)
     weights = matmul_params(model) / model.num_layers * model.period / tensor * (width + 4)
     head = head_params(model) / tensor * (width + 4) + 3 * CHUNK_BYTES + 2 * tokens * hidden * width
