@@ -51,7 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """`of` over `over`, in a `Result` of their speeds, from pairs of neighbouring repetitions; `goal` is what is wanted."""
+    """`of` over `over`, in a `Result` of speeds, from pairs of neighbouring repetitions. `goal`: what is wanted."""
 
     of: str
     over: str
