@@ -52,8 +52,8 @@ _TPUS: Mapping[str, tuple[str, int, float, Mapping[int, str]]] = {
     "v6e": ("v6e", 1, 31.25, _FLAT),
 }
 _GPU_MODEL = (
-    "a model of the activations, no compiler: gradients, what remat keeps, one repetition of the layers (with all "
-    "scores where xla computes attention), its gathered weights, the gathered head, chunks of logits"
+    "a model of the activations, no compiler: gradients, what remat keeps, one layer (with all scores where xla "
+    "computes attention), the gathered weights of one repetition of the layers, the gathered head, chunks of logits"
 )
 _GPU_SHARE = 0.9  # the rest is left to the driver, collectives and fragmentation
 
@@ -199,10 +199,9 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     """Bytes on one device beyond the state, where no compiler tells; `trainable_bytes` are its trained parameters.
 
     Gradients (twice with accumulation), the weights of one repetition of the layer pattern gathered in the compute
-    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one repetition (with fp32
-    attention scores and their gradients in layers that no kernel computes, and with a kernel's result, two numbers per
-    query and its keys and values repeated for the query groups in the others), the head gathered with its fp32
-    gradient, and three chunks of logits.
+    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one layer (with fp32 attention
+    scores and their gradients where no kernel computes them, else with a kernel's result, two numbers per query and its
+    keys and values repeated for the query groups), the head gathered with its fp32 gradient, three chunks of logits.
     """
     width = jnp.dtype(fit.compute_dtype).itemsize
     tensor = sizes["tensor"]
@@ -222,9 +221,8 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
         "outputs": model.num_layers * 2 * width * hidden,
         "full": 0,
     }
-    repetitions = model.num_periods + (model.num_layers % model.period > 0)
-    saved = tokens * (by_remat[fit.remat] + repetitions * width * hidden)
-    working = tokens * ((0 if fit.remat == "none" else sum(whole[: model.period])) + max(scores))
+    saved = tokens * (by_remat[fit.remat] + model.num_layers * width * hidden)
+    working = tokens * ((0 if fit.remat == "none" else max(whole)) + max(scores))
     gradients = trainable_bytes * (2 if fit.accumulation > 1 else 1)
     weights = matmul_params(model) / model.num_layers * model.period / tensor * (width + 4)
     head = head_params(model) / tensor * (width + 4) + 3 * CHUNK_BYTES + 2 * tokens * hidden * width

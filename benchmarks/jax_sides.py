@@ -16,15 +16,17 @@ from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Request
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.engines.local import LocalEngine
-from agentark_jax.models.config import load_config
+from agentark_jax.models.config import ModelConfig, load_config
+from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params
 from agentark_jax.records import Completion, Sampling
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import make_mesh, place_params
-from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
+from agentark_jax.training.state import abstract_state, initial_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 from benchmarks.inputs import first_loss_position, sft_ids
-from benchmarks.workers import Repeat, Reply, serve
+from benchmarks.sft_memory import reset_peak_rss
+from benchmarks.workers import Repeat, Reply, peak_rss_gb, serve
 
 Setup = Mapping[str, Any]
 
@@ -41,6 +43,7 @@ def training(setup: Setup) -> Repeat:
         rows=batch,
         row_length=length,
         freeze=setup["freeze"],
+        remat=setup.get("remat", FitConfig.remat),
     )
     model = load_config(Path(setup["model"]))
     trainable, frozen = partition(load_params(Path(setup["model"]), model), fit.freeze)
@@ -65,6 +68,49 @@ def training(setup: Setup) -> Repeat:
         state, metrics = jax.block_until_ready(step(state, frozen, inputs))
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "loss": float(metrics["loss"]), "loss_tokens": int(metrics["loss_tokens"])}
+
+    return repeat
+
+
+def memory(setup: Setup) -> Repeat:
+    """One repetition is `steps` optimizer steps; the peak of each counts from its beginning."""
+    step = training(setup)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(load_config(Path(setup["model"])))))
+
+    def repeat(index: int) -> Reply:
+        started = time.perf_counter()
+        done, peaks = [], []
+        for number in range(setup["steps"]):
+            reset_peak_rss()
+            done.append(step(number))
+            peaks.append(peak_rss_gb())
+        return {
+            "seconds": time.perf_counter() - started,
+            "losses": [reply["loss"] for reply in done],
+            "peak_rss_gb_of_steps": peaks,
+            "loss_tokens": done[0]["loss_tokens"],
+            "parameters": parameters,
+        }
+
+    return repeat
+
+
+def compilation(setup: Setup) -> Repeat:
+    """Tracing, lowering and compiling the training step of a made-up model."""
+    batch, length = setup["batch"], setup["length"]
+    fit = FitConfig(rows=batch, row_length=length)
+    model = ModelConfig.from_hf(setup["config"], "benchmark")
+    trainable, _ = partition(param_shapes(model), fit.freeze)
+    mesh, optimizer = make_mesh(fit.mesh), make_optimizer(fit, 10)
+    shardings = state_shardings(mesh, optimizer, trainable)
+    whole = [jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (np.int32, np.float32)]
+    inputs = {"ids": whole[0], "positions": whole[0], "segment_ids": whole[0], "weights": {"completion": whole[1]}}
+    state = abstract_state(trainable, optimizer, shardings)
+
+    def repeat(index: int) -> Reply:
+        started = time.perf_counter()
+        make_step(fit, model, {"completion": 1.0}, 10, shardings).lower(state, {}, inputs).compile()
+        return {"seconds": time.perf_counter() - started}
 
     return repeat
 
@@ -151,7 +197,13 @@ def _shortest(call: Any, seconds: float) -> float:
 
 
 def build(setup: Setup) -> tuple[Repeat, Reply]:
-    sides = {"training": training, "generation": generation, "machine": machine}
+    sides = {
+        "training": training,
+        "memory": memory,
+        "compilation": compilation,
+        "generation": generation,
+        "machine": machine,
+    }
     return sides[setup["side"]](setup), {"threads": os.cpu_count()}
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from agentark_jax.errors import AgentArkError
 from benchmarks.workers import ROOT, Reply
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors", "torch", "transformers")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors", "torch", "transformers", "trl")
 MACHINE = "machine"
 
 Group = dict[str, list[Reply]]
@@ -51,7 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """How many times as fast `of` is as `over`, from pairs of neighbouring repetitions. `goal`: what is wanted."""
+    """`of` over `over`, in a `Result` of speeds, from pairs of neighbouring repetitions. `goal`: what is wanted."""
 
     of: str
     over: str
@@ -105,6 +105,45 @@ class Result:
             checks = [Check(**check) for check in value["checks"]]
             rates = {name: Spread(**spread) for name, spread in value["rates"].items()}
             return Result(**{**value, "rows": rows, "ratios": ratios, "checks": checks, "rates": rates})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise AgentArkError(f"{where}: not a result of this version ({error}); run the benchmark again") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One quantity of one side."""
+
+    name: str
+    what: str
+    unit: str
+    value: Spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A result file of quantities that are not speeds: the less, the better. Goals are upper limits."""
+
+    benchmark: str
+    title: str
+    quick: bool
+    model: dict[str, Any]
+    sizes: dict[str, int]
+    measured: list[Measured]
+    ratios: list[Ratio]
+    checks: list[Check]
+    environment: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any], where: str) -> "Comparison":
+        """Raises AgentArkError when the value does not have exactly the fields of this schema."""
+        try:
+            measured = [Measured(**{**entry, "value": Spread(**entry["value"])}) for entry in value["measured"]]
+            ratios = [Ratio(**{**ratio, "value": Spread(**ratio["value"])}) for ratio in value["ratios"]]
+            checks = [Check(**check) for check in value["checks"]]
+            return Comparison(**{**value, "measured": measured, "ratios": ratios, "checks": checks})
         except (AttributeError, KeyError, TypeError) as error:
             raise AgentArkError(f"{where}: not a result of this version ({error}); run the benchmark again") from error
 
@@ -211,7 +250,7 @@ def path_of(directory: Path, benchmark: str, quick: bool) -> Path:
     return directory / (f"{benchmark}.quick.json" if quick else f"{benchmark}.json")
 
 
-def write(result: Result, directory: Path) -> Path:
+def write(result: Result | Comparison, directory: Path) -> Path:
     """Writes the result file atomically and returns its path. Raises AgentArkError when that fails."""
     path = path_of(directory, result.benchmark, result.quick)
     temporary = path.with_name(path.name + ".tmp")
@@ -224,7 +263,7 @@ def write(result: Result, directory: Path) -> Path:
     return path
 
 
-def read(path: Path) -> Result:
+def read(path: Path) -> Result | Comparison:
     """Raises AgentArkError for a file that is not a result."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -232,26 +271,18 @@ def read(path: Path) -> Result:
         raise AgentArkError(f"{path}: not a readable result file ({error}); run the benchmark again") from error
     if not isinstance(value, dict):
         raise AgentArkError(f"{path}: not a result file; run the benchmark again")
-    return Result.from_json(value, str(path))
+    schema = Comparison if "measured" in value else Result
+    return schema.from_json(value, str(path))
 
 
-def table(result: Result) -> str:
+def table(result: Result | Comparison) -> str:
     """A Markdown section: one row per side, then how it was measured."""
-    ratio_to = {ratio.over: ratio for ratio in result.ratios}
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result.sizes.items())
-    rates = "; ".join(
-        f"{name} {spread.median:,.0f} {'GB/s' if name == 'bandwidth' else 'GFLOP/s'}"
-        for name, spread in result.rates.items()
-    )
     versions = result.environment["packages"]
     lines = [
         f"### {result.title}",
         "",
-        f"| | {result.unit}, median (range) | ours is … as fast | of the floor | peak memory |",
-        "|---|---|---|---|---|",
-        *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
-        "",
-        f"{result.model['name']}, fp32; {sizes}. Measured in the same rounds: {rates}.",
+        *(_speeds(result, sizes) if isinstance(result, Result) else _quantities(result, sizes)),
         *(f"Check: {check.what}: {_number(check.value)}{_limit(check)}." for check in result.checks),
         f"{result.environment['cpu']}, {result.environment['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
@@ -260,6 +291,34 @@ def table(result: Result) -> str:
         + ".",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _speeds(result: Result, sizes: str) -> list[str]:
+    ratio_to = {ratio.over: ratio for ratio in result.ratios}
+    rates = "; ".join(
+        f"{name} {spread.median:,.0f} {'GB/s' if name == 'bandwidth' else 'GFLOP/s'}"
+        for name, spread in result.rates.items()
+    )
+    return [
+        f"| | {result.unit}, median (range) | ours is … as fast | of the floor | peak memory |",
+        "|---|---|---|---|---|",
+        *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
+        "",
+        f"{result.model['name']}, fp32; {sizes}. Measured in the same rounds: {rates}.",
+    ]
+
+
+def _quantities(result: Comparison, sizes: str) -> list[str]:
+    ratio_of = {ratio.of: ratio for ratio in result.ratios}
+    rows = []
+    for entry in result.measured:
+        of, shown = entry.value, ""
+        if ratio := ratio_of.get(entry.name):
+            spread = ratio.value
+            shown = f"**{spread.median:.2f}×** ({spread.low:.2f} – {spread.high:.2f}, goal at most {ratio.goal:g}×)"
+            shown += f" of {ratio.over}"
+        rows.append(f"| {entry.what} | {of.median:.2f} {entry.unit} ({of.low:.2f} – {of.high:.2f}) | {shown} |")
+    return ["| | median (range) | ratio |", "|---|---|---|", *rows, "", f"{result.model['name']}, fp32; {sizes}."]
 
 
 def _table_row(row: Row, ratio: Ratio | None) -> str:

@@ -1,6 +1,6 @@
 """Runs the benchmarks, or prints their tables.
 
-python -m benchmarks.run --suite cpu --peers          # everything, against transformers + torch: about 20 minutes
+python -m benchmarks.run --suite cpu --peers          # everything, against transformers + torch and TRL: half an hour
 python -m benchmarks.run --suite cpu --quick          # ours alone, fewer tokens
 python -m benchmarks.run --table                      # Markdown from the result files
 """
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentark_jax.errors import AgentArkError, UsageError
-from benchmarks import generation, results, sft_step
+from benchmarks import compile_time, generation, results, sft_memory, sft_step
 
-SUITES = {"cpu": {sft_step.NAME: sft_step.run, generation.NAME: generation.run}}
+SUITES = {"cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)}}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -27,7 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--suite", choices=sorted(SUITES), default="cpu", help="for which hardware (default: cpu)")
     parser.add_argument("--only", metavar="NAME", help="one benchmark of the suite")
     parser.add_argument("--quick", action="store_true", help="two repetitions and fewer tokens; own result files")
-    parser.add_argument("--peers", action="store_true", help="also run transformers + torch (extra `test`)")
+    parser.add_argument(
+        "--peers", action="store_true", help="also run transformers + torch and TRL (extras test, bench)"
+    )
     parser.add_argument("--model", default="gguf:gemma3-270m", help="a model directory in Hugging Face format")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where result files are (default: beside this)")
     parser.add_argument("--table", action="store_true", help="print the result files as Markdown and run nothing")
@@ -56,9 +58,10 @@ def run(options: argparse.Namespace) -> None:
     from agentark_jax.models.gguf import resolve_model
 
     names = chosen(options.suite, options.only)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    needed = ["torch", "transformers", *(["trl"] if sft_memory.NAME in names else [])]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if options.peers and missing:
-        raise UsageError(f"--peers: {' and '.join(missing)} not installed; install the extra `test`")
+        raise UsageError(f"--peers: {' and '.join(missing)} not installed; install the extras `test` and `bench`")
     model = resolve_model(options.model).resolve()
     # A directory's own name says which model it is without telling where it lies.
     shown = model.name if Path(options.model).expanduser().exists() else options.model

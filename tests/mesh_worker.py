@@ -27,7 +27,7 @@ from agentark_jax.models.sharding import on_mesh, parameter_sharding, replicated
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
 from agentark_jax.models.weights import save_pretrained
-from agentark_jax.objectives.chunked import chunked_nll
+from agentark_jax.objectives.chunked import chunked_logprobs, chunked_nll
 from agentark_jax.training import distributed
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.job import Job, follow, train
@@ -62,7 +62,7 @@ def three_steps(model, shape, attention=XLA, **changes):
     data = loader.packed_batches(EXAMPLES, seed=0, epochs=3, rows=16, row_length=24)
     for number, batch in enumerate(data.iterate(0, 3, local_rows(mesh, 16))):
         state, metrics = step(state, place_params(mesh, frozen, donate=False), place_batch(mesh, batch, 16))
-        for name in ("loss", "nll/answer", "gradient_norm", "tokens", "loss_tokens"):
+        for name in ("loss", "nll/answer", "accuracy/answer", "gradient_norm", "tokens", "loss_tokens"):
             found[f"{name} {number}"] = np.asarray(metrics[name])
         if number == 0:
             moments = optax.tree.get(state.optimizer, "mu")
@@ -128,6 +128,31 @@ def loss_collectives():
     return [[kind, shape] for shape, kind in re.findall(rf"= \w+\[([\d,]*)\]\S* ({kinds})\(", text)]
 
 
+def scores(shape):
+    """{name: array}: log-probabilities, entropies, correct, and the gradients of an objective of the first two."""
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    random = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((64, 16), (48, 16)))
+    targets, mask = jnp.asarray(random.integers(0, 48, 64)), jnp.asarray(random.random(64) < 0.6)
+    targets = targets.at[::2].set(jnp.argmax(hidden @ head.T, axis=1)[::2])
+
+    def objective(hidden, head):
+        with on_mesh(mesh):
+            settings = {"temperature": 0.7, "soft_cap": 20.0, "entropy": True, "chunk_bytes": 3 * 48 * 4}
+            found = chunked_logprobs(hidden, head, targets, mask, **settings)
+        return jnp.sum(found.logprobs**2 + found.entropy), (found, found.entropy.sum())
+
+    def entropy_alone(hidden, head):
+        return objective(hidden, head)[1][1]
+
+    rows, columns = row_sharding(mesh), parameter_sharding("unembedding", head.shape, mesh)
+    placed = jax.device_put(hidden, rows), jax.device_put(head, columns)
+    (_, (found, _)), both = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))(*placed)
+    gradients = dict(zip(("of hidden", "of head"), both, strict=True))
+    gradients["of the entropy alone"] = jax.jit(jax.grad(entropy_alone))(*placed)
+    return {name: np.asarray(leaf) for name, leaf in {**found._asdict(), **gradients}.items()}
+
+
 class Interrupted(Exception):
     pass
 
@@ -180,6 +205,8 @@ def eight(directory):
                 changes = {"accumulation": 2, "remat": "outputs"} if mesh == "all" else {}
                 found = three_steps(model, shape, **changes)
                 np.savez(directory / f"{name}_{mesh}.npz", **found)
+    for name, shape in {"one": (1, 1, 1), **MESHES}.items():
+        np.savez(directory / f"scores_{name}.npz", **scores(shape))
     total, held = state_bytes()
     (directory / "collectives.json").write_text(json.dumps(loss_collectives()))
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))

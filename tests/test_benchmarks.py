@@ -18,7 +18,7 @@ from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import save_pretrained
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
-from benchmarks import dry_runs, generation, results, run, sft_step
+from benchmarks import compile_time, dry_runs, generation, results, run, sft_step
 from benchmarks.inputs import first_loss_position, prompts, sft_ids
 from benchmarks.workers import ROOT, Side, Worker, interleaved
 
@@ -92,24 +92,16 @@ def test_training_flops_are_those_torch_counts(peer, loss_tokens_per_row):
     assert ours["attention"] * LENGTH**2 * CONFIG.num_layers == counted.bmm * allowed
 
 
-def test_a_frozen_head_saves_its_own_gradient(peer):
-    peer.lm_head.weight.requires_grad_(False)
+@pytest.mark.parametrize(("part", "setting"), [("lm_head", "train_head"), ("model.layers", "train_layers")])
+def test_a_part_that_is_not_trained_saves_its_own_gradient(peer, part, setting):
+    frozen = peer.get_submodule(part).requires_grad_(False)
     try:
-        frozen = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
+        counted = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
     finally:
-        peer.lm_head.weight.requires_grad_(True)
-    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=7 * BATCH, train_head=False)
-    assert ours["trunk"] + ours["head"] == frozen.mm
-
-
-def test_layers_that_are_not_trained_save_their_own_gradient(peer):
-    peer.model.layers.requires_grad_(False)
-    try:
-        frozen = torch_counts(lambda: loss_at(peer, slice(0, 7)).backward())
-    finally:
-        peer.model.layers.requires_grad_(True)
-    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=7 * BATCH, train_head=True, train_layers=False)
-    assert ours["trunk"] + ours["head"] == frozen.mm
+        frozen.requires_grad_(True)
+    trained = {"train_head": True, setting: False}
+    ours = flops.sft_flops(CONFIG, lengths=[LENGTH] * BATCH, loss_tokens=7 * BATCH, **trained)
+    assert ours["trunk"] + ours["head"] == counted.mm
 
 
 def test_forward_flops_are_those_torch_counts(peer):
@@ -219,9 +211,34 @@ def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
     assert "| side b | 2.0 (2.0 – 2.0) | **1.50×** (1.00 – 2.00, goal 1.6×) | 12% (12% – 12%) | 3.0 GB |" in table
 
 
+def make_comparison() -> results.Comparison:
+    return results.Comparison(
+        benchmark="sft_memory",
+        title="Title",
+        quick=False,
+        model={"name": "tiny"},
+        sizes={"steps": 3},
+        measured=[
+            results.Measured("a", "side a", "GB", results.Spread.of([1.0, 3.0])),
+            results.Measured("b", "side b", "GB", results.Spread.of([4.0])),
+        ],
+        ratios=[results.Ratio("a", "b", results.Spread.of([0.5]), 0.6)],
+        checks=[],
+        environment=results.environment(),
+    )
+
+
+def test_quantities_that_are_no_speeds_have_files_and_tables_too(tmp_path):
+    comparison = make_comparison()
+    assert results.read(results.write(comparison, tmp_path)) == comparison
+    table = results.table(comparison)
+    assert "| side a | 2.00 GB (1.00 – 3.00) | **0.50×** (0.50 – 0.50, goal at most 0.6×) of b |" in table
+
+
 def test_result_files_of_another_shape_are_refused(tmp_path):
     value = make_result().to_json()
     broken = [{**value, "surprise": 1}, {key: part for key, part in value.items() if key != "rows"}, [], None]
+    broken.append({**make_comparison().to_json(), "surprise": 1})
     for content in [*map(json.dumps, broken), "{"]:
         path = tmp_path / "sft_step.json"
         path.write_text(content)
@@ -333,6 +350,26 @@ def test_sides_take_turns_in_processes_of_their_own():
         assert found[1]["bandwidth"] > 0
         assert 0 < found[1]["seconds"] <= found[1]["wall_seconds"]
         assert found[1]["peak_rss_gb"] > 0.05
+
+
+def test_each_step_has_a_peak_of_its_own(tiny_model):
+    setup = {"side": "memory", "model": str(tiny_model), "batch": 2, "length": 12, "steps": 2, "freeze": []}
+    setup |= {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "remat": "full"}
+    with Worker(Side("ours", "benchmarks.jax_sides", setup)) as worker:
+        reply = worker.repeat(0)
+    assert len(reply["losses"]) == len(reply["peak_rss_gb_of_steps"]) == 2
+    assert reply["loss_tokens"] == 12
+    assert min(reply["peak_rss_gb_of_steps"]) > 0.05
+    config = json.loads((tiny_model / "config.json").read_text())
+    assert reply["parameters"] > 2 * config["vocab_size"] * config["hidden_size"]
+
+
+@pytest.mark.parametrize("family", compile_time.FAMILIES.values(), ids=compile_time.FAMILIES)
+def test_the_deep_model_repeats_the_pattern_of_the_shallow_one(family):
+    deep, shallow = (ModelConfig.from_hf(family(layers), "test") for layers in (36, 12))
+    assert deep.period == shallow.period
+    assert (deep.num_layers, shallow.num_layers) == (36, 12)
+    assert deep.num_periods == 3 * shallow.num_periods
 
 
 def test_a_side_that_dies_is_named(capfd):

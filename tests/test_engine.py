@@ -16,6 +16,7 @@ from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import transformer
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.source import ScratchConfig
+from agentark_jax.objectives.chunked import chunked_logprobs
 from agentark_jax.records import Sampling
 
 VOCABULARY, EOS = 517, 1  # no multiple of the sampler's block
@@ -58,9 +59,10 @@ def generate(engine: LocalEngine, asked: list[Request]):
 def trainer_logprobs(request: Request, completion, temperature: float, config=CONFIG, params=PARAMS) -> np.ndarray:
     ids = np.concatenate([request.prompt_ids, completion.ids])[None]
     hidden = transformer.hidden_states(config, params, ids, np.arange(ids.shape[1])[None], None)
-    logprobs = np.asarray(jax.nn.log_softmax(transformer.logits(config, params, hidden) / temperature))[0]
-    start = len(request.prompt_ids) - 1
-    return logprobs[np.arange(start, start + len(completion.ids)), completion.ids]
+    completed = np.arange(1, ids.shape[1]) >= len(request.prompt_ids)
+    head = transformer.unembedding(config, params)
+    scores = chunked_logprobs(hidden[0, :-1], head, ids[0, 1:], completed, temperature=temperature)
+    return np.asarray(scores.logprobs)[completed]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -103,6 +103,11 @@ def test_losses_gradients_and_steps_of_eight_devices_equal_those_of_one(eight, n
     assert_equal_up_to(found, {path: stepped[path] for path in stepped if not path.endswith("key_bias")}, STEPPED)
 
 
+@pytest.mark.parametrize("name", worker.MESHES)
+def test_logprobs_entropies_and_their_gradients_on_eight_devices_equal_those_of_one(eight, name):
+    assert_equal_up_to(np.load(eight / f"scores_{name}.npz"), dict(np.load(eight / "scores_one.npz")), 1e-5)
+
+
 def test_fsdp_divides_the_state(eight):
     found = json.loads((eight / "bytes.json").read_text())
     assert len(found["held"]) == 8

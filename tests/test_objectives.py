@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentark_jax.objectives.chunked import chunk_rows, chunked_nll
+from agentark_jax.objectives.chunked import chunk_rows, chunked_logprobs, chunked_nll
 from agentark_jax.objectives.sft import sft_loss_from_hidden, term_totals, term_weights
 
 
@@ -42,8 +42,10 @@ def both(hidden, head, targets, coefficients, mask, chunk, soft_cap):
 
     def chunked(hidden, head):
         chunk_bytes = chunk * head.shape[0] * 4
-        total, nll = chunked_nll(hidden, head, targets, coefficients, mask, soft_cap=soft_cap, chunk_bytes=chunk_bytes)
-        return 3.0 * total, nll
+        total, scores = chunked_nll(
+            hidden, head, targets, coefficients, mask, soft_cap=soft_cap, chunk_bytes=chunk_bytes
+        )
+        return 3.0 * total, -scores.logprobs
 
     def dense(hidden, head):
         nll = jnp.where(mask, dense_nll(hidden, head, targets, soft_cap), 0.0)
@@ -72,7 +74,7 @@ def test_chunked_equals_dense_in_values_and_gradients(seed, case, share):
 
 def test_per_token_nll_carries_no_gradient():
     hidden, head, targets, coefficients, mask = problem(0, 5, 7, 3, 1.0)
-    gradient = jax.grad(lambda h: chunked_nll(h, head, targets, coefficients, mask)[1].sum())(hidden)
+    gradient = jax.grad(lambda h: chunked_nll(h, head, targets, coefficients, mask)[1].logprobs.sum())(hidden)
     assert not np.any(np.asarray(gradient))
 
 
@@ -100,6 +102,11 @@ def test_a_frozen_head_costs_two_matrix_products_and_a_trained_one_three_and_no_
     def loss(hidden, head):
         return chunked_nll(hidden, head, targets, coefficients, mask, chunk_bytes=8 * 50 * 4)[0]
 
+    def recomputed(hidden, head):
+        return chunked_logprobs(hidden, head, targets, mask, chunk_bytes=8 * 50 * 4).logprobs.sum()
+
+    assert len(matmuls(jax.make_jaxpr(jax.grad(recomputed, 0))(hidden, head))) == 3
+    assert len(matmuls(jax.make_jaxpr(jax.grad(recomputed, (0, 1)))(hidden, head))) == 4
     frozen = matmuls(jax.make_jaxpr(jax.grad(loss, 0))(hidden, head))
     trained = matmuls(jax.make_jaxpr(jax.grad(loss, (0, 1)))(hidden, head))
     forward = matmuls(jax.make_jaxpr(loss)(hidden, head))
@@ -107,18 +114,97 @@ def test_a_frozen_head_costs_two_matrix_products_and_a_trained_one_three_and_no_
     assert max(trained) < 64 * 50
 
 
-def test_tokens_without_loss_are_never_multiplied_with_the_head():
-    # A NaN in a hidden state that has no loss would reach the sum if its chunk were computed.
+@pytest.mark.parametrize("chunk", [1, 3, 12])
+def test_tokens_without_loss_are_never_multiplied_with_the_head(chunk):
+    # A NaN in a hidden state that has no loss would reach everything that its chunk is summed into.
     hidden, head, targets, coefficients, _ = problem(0, 12, 9, 4, 1.0)
     mask = jnp.arange(12) % 3 == 0
     poisoned = jnp.where(mask[:, None], hidden, jnp.nan)
+    chunk_bytes = chunk * 9 * 4
 
-    def loss(hidden):
-        return chunked_nll(hidden, head, targets, coefficients, mask, chunk_bytes=2 * 9 * 4)[0]
+    def fused(hidden, head):
+        return chunked_nll(hidden, head, targets, coefficients, mask, chunk_bytes=chunk_bytes)
 
-    value, gradient = jax.value_and_grad(loss)(poisoned)
-    assert np.isfinite(value)
-    assert np.all(np.isfinite(gradient))
+    def recomputed(hidden, head):
+        scores = chunked_logprobs(hidden, head, targets, mask, entropy=True, chunk_bytes=chunk_bytes)
+        return jnp.sum(coefficients * scores.logprobs + scores.entropy), scores
+
+    for loss in (fused, recomputed):
+        found = jax.value_and_grad(loss, (0, 1), has_aux=True)(poisoned, head)
+        jax.tree.map(assert_close, found, jax.value_and_grad(loss, (0, 1), has_aux=True)(hidden, head))
+        scores, (of_hidden, _) = found[0][1], found[1]
+        for outside in (scores.logprobs, scores.correct, of_hidden):
+            assert not np.any(np.asarray(outside)[~np.asarray(mask)])
+
+
+def reference_scores(hidden, head, targets, temperature, soft_cap):
+    """(log-probabilities, entropies, correct), token by token, in float64."""
+    logprobs, entropies, correct = [], [], []
+    for state, target in zip(np.asarray(hidden, np.float64), np.asarray(targets), strict=True):
+        logits = np.asarray(head, np.float64) @ state
+        if soft_cap is not None:
+            logits = soft_cap * np.tanh(logits / soft_cap)
+        probabilities = np.exp(logits / temperature)
+        probabilities /= probabilities.sum()
+        logprobs.append(np.log(probabilities[target]))
+        entropies.append(-np.sum(probabilities * np.log(probabilities)))
+        correct.append(np.argmax(logits) == target)
+    return np.asarray(logprobs), np.asarray(entropies), np.asarray(correct)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12])
+@pytest.mark.parametrize(("temperature", "soft_cap"), [(1.0, None), (0.7, 3.0), (1.3, None)])
+def test_logprobs_and_entropies_equal_a_numpy_reference_and_finite_differences(temperature, soft_cap, chunk):
+    hidden, head, targets, coefficients, mask = problem(3, 12, 9, 4, 0.7)
+    targets = targets.at[::2].set(jnp.argmax(hidden @ head.T, axis=1)[::2])
+    inside, coefficients = np.asarray(mask), np.asarray(coefficients, np.float64)
+
+    def objective(logprobs, entropies):  # not linear, as ratios and bonuses are
+        return (coefficients * logprobs**2 + 0.3 * entropies)[inside].sum()
+
+    def ours(hidden, head):
+        settings = {"temperature": temperature, "soft_cap": soft_cap, "chunk_bytes": chunk * 9 * 4}
+        scores = chunked_logprobs(hidden, head, targets, mask, entropy=True, **settings)
+        return objective(scores.logprobs, scores.entropy), scores
+
+    (_, scores), gradients = jax.value_and_grad(ours, (0, 1), has_aux=True)(hidden, head)
+    logprobs, entropies, correct = reference_scores(hidden, head, targets, temperature, soft_cap)
+    assert_close(scores.logprobs, np.where(inside, logprobs, 0))
+    assert_close(scores.entropy, np.where(inside, entropies, 0))
+    np.testing.assert_array_equal(scores.correct, inside & correct)
+    assert 0 < np.sum(scores.correct) < inside.sum()
+    # Asked for one at a time: what is not asked for is not computed, and the rest stays the same.
+    for index in (0, 1):
+        assert_close(jax.grad(ours, index, has_aux=True)(hidden, head)[0], gradients[index])
+    assert chunked_logprobs(hidden, head, targets, mask).entropy is None
+
+    random, step = np.random.default_rng(0), 1e-6
+    for index, gradient in enumerate(gradients):
+        direction = random.normal(size=gradient.shape)
+        sides = []
+        for sign in (1, -1):
+            moved = [np.asarray(array, np.float64) for array in (hidden, head)]
+            moved[index] += sign * step * direction
+            sides.append(objective(*reference_scores(*moved, targets, temperature, soft_cap)[:2]))
+        slope = (float(sides[0]) - float(sides[1])) / (2 * step)
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * direction), slope, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["logprobs", "entropy"])
+def test_gradients_of_logprobs_or_entropies_alone_equal_the_dense_ones(of):
+    hidden, head, targets, coefficients, mask = problem(4, 12, 17, 6, 0.6)
+
+    def ours(hidden, head):
+        scores = chunked_logprobs(hidden, head, targets, mask, temperature=0.8, entropy=True, chunk_bytes=5 * 17 * 4)
+        return jnp.sum(coefficients * getattr(scores, of))
+
+    def dense(hidden, head):
+        logprobs = jax.nn.log_softmax(hidden @ head.T / 0.8)
+        chosen = jnp.take_along_axis(logprobs, targets[:, None], axis=1)[:, 0]
+        value = {"logprobs": chosen, "entropy": -jnp.sum(jnp.exp(logprobs) * logprobs, axis=1)}[of]
+        return jnp.sum(jnp.where(mask, coefficients * value, 0.0))
+
+    jax.tree.map(assert_close, jax.grad(ours, (0, 1))(hidden, head), jax.grad(dense, (0, 1))(hidden, head))
 
 
 def test_chunk_rows():
@@ -144,7 +230,7 @@ def two_term_batch(rng, batch=2, length=9, vocabulary=11):
 
 def reference_loss(hidden, head, batch, coefficients):
     """Token by token, in float64."""
-    sums, totals = dict.fromkeys(coefficients, 0.0), dict.fromkeys(coefficients, 0.0)
+    sums, totals, right = (dict.fromkeys(coefficients, 0.0) for _ in range(3))
     for row, segments in enumerate(batch["segment_ids"]):
         for t in range(1, len(segments)):
             if segments[t] == 0 or segments[t] != segments[t - 1]:
@@ -154,7 +240,8 @@ def reference_loss(hidden, head, batch, coefficients):
             for term in coefficients:
                 sums[term] += float(batch["weights"][term][row, t]) * nll
                 totals[term] += float(batch["weights"][term][row, t])
-    return sum(coefficients[term] * sums[term] / totals[term] for term in coefficients), sums, totals
+                right[term] += float(batch["weights"][term][row, t]) * (np.argmax(logits) == batch["ids"][row, t])
+    return sum(coefficients[term] * sums[term] / totals[term] for term in coefficients), sums, totals, right
 
 
 def test_sft_loss_equals_a_numpy_reference_and_finite_differences():
@@ -163,16 +250,19 @@ def test_sft_loss_equals_a_numpy_reference_and_finite_differences():
     coefficients = {"answer": 2.0, "rationale": 0.5}
     hidden = rng.normal(size=(2, 9, 5)).astype(np.float32)
     head = rng.normal(size=(11, 5)).astype(np.float32)
+    batch["ids"][:, 1::2] = np.argmax(hidden @ head.T, axis=-1)[:, :-1:2]  # every other prediction is right
 
     def loss(hidden, head):
         return sft_loss_from_hidden(hidden, head, batch, term_totals(batch), coefficients, chunk_bytes=3 * 11 * 4)
 
     (value, metrics), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True)(jnp.asarray(hidden), jnp.asarray(head))
-    expected, sums, totals = reference_loss(hidden, head, batch, coefficients)
+    expected, sums, totals, right = reference_loss(hidden, head, batch, coefficients)
+    assert right["answer"] > 0
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-5)
     for term in coefficients:
         np.testing.assert_allclose(metrics[f"nll/{term}"], sums[term] / totals[term], rtol=1e-5)
+        np.testing.assert_allclose(metrics[f"accuracy/{term}"], right[term] / totals[term], rtol=1e-5)
     assert metrics["tokens"] == 16
     assert metrics["loss_tokens"] == 13
 
@@ -213,6 +303,6 @@ def test_a_term_without_weight_in_the_step_contributes_zero():
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_large_logits_stay_finite(scale):
     hidden, head, targets, coefficients, mask = problem(5, 6, 8, 4, 1.0)
-    total, nll = chunked_nll(scale * hidden, scale * head, targets, coefficients, mask)
+    total, scores = chunked_nll(scale * hidden, scale * head, targets, coefficients, mask)
     assert np.isfinite(total)
-    assert np.all(np.asarray(nll) >= -1e-3)
+    assert np.all(np.asarray(scores.logprobs) <= 1e-3)

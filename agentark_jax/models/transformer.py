@@ -68,12 +68,17 @@ class Transformer(nnx.Module):
         rotations = rotation_table(self.config, positions, dtype)
         attends = whole_sequences(self.config, ids.shape[1], segment_ids, attention)
 
+        def one(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
+            return nnx.merge(graph, _cast_matrices(state, dtype))(x, rotations, attends)[0]
+
+        one = _recomputed(one, remat)
+
         def through(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
-            for block in nnx.merge(graph, _cast_matrices(state, dtype)).values():
-                x, _ = block(x, rotations, attends)
+            for block in nnx.merge(graph, state).values():
+                graph, state = nnx.split(block)
+                x = one(graph, x, state)
             return x
 
-        through = _recomputed(through, remat)
         x = activation(embed(self.config, self.embedding[...], ids).astype(dtype), "residual")
         graph, stacked = nnx.split(self.scanned)
         x, _ = jax.lax.scan(lambda x, state: (through(graph, x, state), None), x, stacked)
@@ -83,7 +88,7 @@ class Transformer(nnx.Module):
 
 
 def _cast_matrices(state: Any, dtype: jax.typing.DTypeLike) -> Any:
-    """The parameters of some layers in `dtype`, except for those of norms, which compute in float32 anyway."""
+    """The parameters of a layer in `dtype`, except for those of norms, which compute in float32 anyway."""
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf if "norm" in jax.tree_util.keystr(path) else leaf.astype(dtype)
@@ -91,8 +96,8 @@ def _cast_matrices(state: Any, dtype: jax.typing.DTypeLike) -> Any:
     return jax.tree_util.tree_map_with_path(cast, state)
 
 
-def _recomputed(layers: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
-    """`layers(static graph, x, state)`, of whose activations the backward pass recomputes what `remat` says."""
+def _recomputed(layer: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
+    """`layer(static graph, x, state)`, of whose activations the backward pass recomputes what `remat` says."""
     policies = jax.checkpoint_policies
     kept = {
         "none": policies.everything_saveable,
@@ -100,7 +105,7 @@ def _recomputed(layers: Callable[..., jax.Array], remat: Remat) -> Callable[...,
         "outputs": policies.save_only_these_names("attention", "mlp"),
         "full": policies.nothing_saveable,
     }[remat]
-    return jax.checkpoint(layers, policy=kept, static_argnums=0)
+    return jax.checkpoint(layer, policy=kept, static_argnums=0)
 
 
 @lru_cache(maxsize=32)
@@ -135,8 +140,8 @@ def hidden_states(
     """Hidden states after the final norm, from stacked parameters.
 
     `positions` start at 0 in every segment. `segment_ids` separate packed sequences, 0 marking padding; None means
-    one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` says what of each
-    repetition of the layer pattern the backward pass recomputes instead of keeping it. Layers compute in `dtype` (None:
+    one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` says what of each layer
+    the backward pass recomputes instead of keeping it. Layers compute in `dtype` (None:
     that of the parameters) on matrices that are cast where they are used, so gradients have the parameters' dtype.
     `attention` (of `choose_attention`) changes no result beyond rounding.
     """

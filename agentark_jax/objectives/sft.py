@@ -51,7 +51,8 @@ def sft_loss(
 
     `totals` are those of the whole optimizer step and `coefficients` has one number per term. Loss and metrics of the
     micro-batches of a step therefore *add up* to those of one big batch: `loss`, `nll/<term>` (nats per unit of
-    weight), `tokens` (not padding) and `loss_tokens` (with a non-zero weight in some term).
+    weight), `accuracy/<term>` (the share of the weight whose token no other is likelier than), `tokens` (not padding)
+    and `loss_tokens` (with a non-zero weight in some term).
     The network computes in `dtype` (None: that of the parameters); log-likelihoods and their sums are fp32.
     """
     ids, positions, segment_ids = batch["ids"], batch["positions"], batch["segment_ids"]
@@ -82,7 +83,7 @@ def sft_loss_from_hidden(
     shares = {term: _share(value, totals[term]) for term, value in weights.items()}
     folded = jnp.sum(jnp.stack([coefficients[term] * share for term, share in shares.items()]), axis=0)
     has_loss = jnp.any(jnp.stack([value != 0 for value in weights.values()]), axis=0)
-    loss, nll = chunked_nll(
+    loss, scores = chunked_nll(
         hidden[:, :-1].reshape(-1, hidden.shape[-1]),
         head,
         batch["ids"][:, 1:].reshape(-1),
@@ -91,8 +92,9 @@ def sft_loss_from_hidden(
         soft_cap=soft_cap,
         chunk_bytes=chunk_bytes,
     )
-    nll = nll.reshape(has_loss.shape)
+    nll, correct = (array.reshape(has_loss.shape) for array in (-scores.logprobs, scores.correct))
     metrics = {f"nll/{term}": jnp.sum(share * nll) for term, share in shares.items()}
+    metrics |= {f"accuracy/{term}": jnp.sum(share * correct) for term, share in shares.items()}
     metrics["loss"] = jax.lax.stop_gradient(loss)
     metrics["tokens"] = (batch["segment_ids"] > 0).sum()
     metrics["loss_tokens"] = has_loss.sum()
