@@ -55,7 +55,7 @@ FAMILIES = {"Qwen3": qwen3, "Gemma 3": gemma3}
 
 def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Comparison:
     """`model` and `peers` play no part: the models are made up and there is nobody to compare with."""
-    repetitions = 2 if quick else 3
+    repetitions = 2 if quick else 5
     before = environment()
     measured, ratios = [], []
     for family, config in FAMILIES.items():
