@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Call, Completion, Label, Question, Sampling, Turn
-from agentark_jax.traces.store import TraceStore, TurnCounts
+from agentark_jax.traces.store import TraceStore, Usage
 
 QUESTION = Question("q0", "sums", "train", "1 + 1?", "2", "1 + 1 = 2", {"steps": [2], "name": "Zoë"})
 
@@ -246,14 +246,18 @@ def test_turns_are_sorted_and_filtered_while_the_caller_writes(store):
     assert list(store.turns(question_id="other")) == []
 
 
-def test_counts_add_up(store):
+def test_the_ledger_adds_up(store):
     store.record_many([make_turn(agent=agent) for agent in range(3)])
     store.record_many([make_turn(agent=5, error="x"), make_turn(round=1), make_turn(role="judge")])
-    assert store.counts() == [
-        TurnCounts("debate", "debater", 0, 4, 1, 15, 6, 12),
-        TurnCounts("debate", "debater", 1, 1, 0, 5, 2, 4),
-        TurnCounts("debate", "judge", 0, 1, 0, 5, 2, 4),
+    assert store.ledger("protocol", "role", "round") == [
+        Usage(("debate", "debater", 0), 3, 1, 15, 6, 12, 0.75),
+        Usage(("debate", "debater", 1), 1, 0, 5, 2, 4, 0.25),
+        Usage(("debate", "judge", 0), 1, 0, 5, 2, 4, 0.25),
     ]
+    assert store.ledger() == [Usage((), 5, 1, 25, 10, 20, 1.25)]
+    assert store.ledger()[0].price(2.0, 1.0, 10.0) == (15 * 2 + 10 * 1 + 20 * 10) / 1e6
+    with pytest.raises(ValueError, match="seconds"):
+        store.ledger("seconds")
 
 
 def test_labels_belong_to_successful_turns_and_are_replaced(store):
@@ -324,7 +328,7 @@ def test_a_killed_writer_leaves_whole_turns_and_a_free_lock(tmp_path):
         try:
             with TraceStore(path, read_only=True) as reader:
                 acknowledged = [int(process.stdout.readline()) for _ in range(committed + 15)][-1]
-                assert sum(count.turns for count in reader.counts()) >= 51 * (acknowledged + 1)
+                assert reader.ledger()[0].calls >= 51 * (acknowledged + 1)
             with pytest.raises(AgentArkError, match=f"process {process.pid} on "):
                 TraceStore(path)
         finally:
@@ -468,4 +472,4 @@ def test_a_write_that_the_system_refuses(tmp_path):
     assert "Free disk space" in run.stdout, run
     with TraceStore(path) as store:
         assert store.verify() == []
-        assert sum(count.turns for count in store.counts()) % 20 == 1
+        assert store.ledger()[0].calls % 20 == 1
