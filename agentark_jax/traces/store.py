@@ -41,6 +41,14 @@ _LABELLED = (
 _SETTINGS = ("foreign_keys = ON", "synchronous = NORMAL", "cache_size = -131072", "wal_autocheckpoint = 16384")
 
 
+# Told, by what takes long, how many more turns are done.
+OnTurns = Callable[[int], None]
+
+
+def unwatched(turns: int) -> None:
+    """An `OnTurns` that does nothing."""
+
+
 @dataclass(frozen=True)
 class Usage:
     """What some turns took: calls that succeeded, attempts that failed, tokens, and seconds of the calls.
@@ -224,6 +232,7 @@ class TraceStore:
     def turns(
         self,
         *,
+        keys: Iterable[str] | None = None,
         protocol: str | None = None,
         question_id: str | None = None,
         role: str | None = None,
@@ -231,9 +240,14 @@ class TraceStore:
         weights: str | None = None,
         errors: bool = True,
     ) -> Iterator[Turn]:
-        """The turns that match every given value, sorted by (key, attempt); without failed attempts if not `errors`."""
+        """The turns that match every given value, sorted by (key, attempt).
+
+        Args:
+            keys: only turns of these calls.
+            errors: whether failed attempts are among them.
+        """
         filters = {"protocol": protocol, "question_id": question_id, "role": role, "round": round, "weights": weights}
-        for page in self._pages(_TURNS, filters, errors=errors):
+        for page in self._pages(_TURNS, filters, keys=keys, errors=errors):
             yield from self._decode(page)
 
     def keys(self, prefix: str) -> list[str]:
@@ -308,7 +322,7 @@ class TraceStore:
 
     # The store as a whole
 
-    def export_canonical(self, path: str | Path) -> int:
+    def export_canonical(self, path: str | Path, on_turns: OnTurns = unwatched) -> int:
         """Write all turns as JSON lines sorted by (key, attempt); how many there were.
 
         Stores of equal runs give equal bytes: seconds, cached usage and times of writing are left out. A non-finite
@@ -320,13 +334,13 @@ class TraceStore:
                 line = json.dumps(codec.canonical_record(turn), ensure_ascii=False, sort_keys=True)
                 file.write(line + "\n")
                 count += 1
+                on_turns(1)
         return count
 
-    def verify(self, on_turns: Callable[[int], None] = lambda count: None) -> list[str]:
+    def verify(self, on_turns: OnTurns = unwatched) -> list[str]:
         """Check every byte that has a hash; what was found wrong, in words (empty: the store is as it was written).
 
-        `on_turns` is told how many more turns were looked at. Only the times of recording and the names of servers have
-        no hash.
+        Only the times of recording and the names of servers have no hash.
         """
         with self.snapshot(), self._guarded("verify"):
             problems = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
@@ -381,7 +395,7 @@ class TraceStore:
             while page := cursor.fetchmany(_PAGE):
                 yield page
 
-    def merge(self, source: Source, on_turns: Callable[[int], None] = lambda count: None) -> int:
+    def merge(self, source: Source, on_turns: OnTurns = unwatched) -> int:
         """Add all that another store or an export holds; how many turns that made. All of it is added or nothing.
 
         What both have is kept once, see `rows.unite_attempts`. Every row is checked as `verify` does.
