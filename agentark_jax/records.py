@@ -31,9 +31,10 @@ def ids_hash(ids: np.ndarray) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _segment_hash(segment: tuple[int, ...]) -> str:
+def _encode_segment(segment: tuple[int, ...]) -> tuple[str, bytes]:
     # The same segments stand in many prompts: what one agent said, in those of all its peers.
-    return ids_hash(np.asarray(segment, np.int32))
+    ids = np.asarray(segment, "<i4")
+    return ids_hash(ids), ids.tobytes()
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,13 @@ class Call:
         return values
 
     @cached_property
-    def segment_hashes(self) -> tuple[str, ...]:
-        """Content hashes of the prompt's segments."""
-        return tuple(map(_segment_hash, self.prompt))
+    def segments(self) -> tuple[tuple[str, bytes], ...]:
+        """The prompt's segments as content hash and little-endian int32."""
+        return tuple(map(_encode_segment, self.prompt))
 
     @cached_property
     def key(self) -> str:
-        return stable_hash({**self.to_json(), "prompt": self.segment_hashes})
+        return stable_hash({**self.to_json(), "prompt": [name for name, _ in self.segments]})
 
     @property
     def prompt_ids(self) -> np.ndarray:

@@ -47,7 +47,8 @@ _EXPORT = """\
 Write a whole store to Parquet files, or its turns to one file that equal runs make byte for byte the same.
 
 --parquet loses nothing: `agentark traces merge` makes a store of it again. The URL is a directory, here or anywhere
-that fsspec knows (s3://, gs://, hf://, ...). --canonical writes JSON lines sorted by key, without times and cached usage.
+that fsspec knows (s3://, gs://, hf://, ...). --canonical writes JSON lines sorted by key, without times and cached
+usage.
 """
 _MERGE = """\
 Add stores, and Parquet exports, to the store OUT, which is made when missing.

@@ -240,10 +240,11 @@ def table(result: Result) -> str:
     ratio_to = {ratio.over: ratio for ratio in result.ratios}
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result.sizes.items())
     rates = "; ".join(
-        f"{name} {spread.median:,.0f} {'GB/s' if name == 'bandwidth' else 'GFLOP/s'}"
+        f"{name} {spread.median:,.3g} GB/s" if name == "bandwidth" else f"{name} {spread.median:,.0f} GFLOP/s"
         for name, spread in result.rates.items()
     )
     versions = result.environment["packages"]
+    precision = ", fp32" if "model_type" in result.model else ""
     lines = [
         f"### {result.title}",
         "",
@@ -251,7 +252,7 @@ def table(result: Result) -> str:
         "|---|---|---|---|---|",
         *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
         "",
-        f"{result.model['name']}, fp32; {sizes}. Measured in the same rounds: {rates}.",
+        f"{result.model['name']}{precision}; {sizes}. Measured in the same rounds: {rates}.",
         *(f"Check: {check.what}: {_number(check.value)}{_limit(check)}." for check in result.checks),
         f"{result.environment['cpu']}, {result.environment['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentark_jax.errors import AgentArkError, UsageError
-from benchmarks import generation, results, sft_step
+from benchmarks import generation, results, sft_step, store
 
-SUITES = {"cpu": {sft_step.NAME: sft_step.run, generation.NAME: generation.run}}
+SUITES = {"cpu": {sft_step.NAME: sft_step.run, generation.NAME: generation.run}, "store": {store.NAME: store.run}}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

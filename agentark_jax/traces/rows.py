@@ -106,7 +106,7 @@ def encode_turn(turn: Turn) -> Row:
     return (
         *(key, turn.attempt, call.question_id, call.protocol, call.agent, call.role, call.round, call.sample),
         *(json.dumps(call.parents), call.model, call.weights, call.tokenizer, call.template),
-        *(json.dumps(call.sampling.to_json()), json.dumps(call.segment_hashes)),
+        *(json.dumps(call.sampling.to_json()), json.dumps([name for name, _ in call.segments])),
         *(*answer, _digest((turn.attempt, *answer)), server),
     )
 
@@ -232,11 +232,6 @@ def _failures(rows: Sequence[Row]) -> Counter[tuple[str, str]]:
 
 def _renumbered(row: Row, attempt: int) -> Row:
     return (row[0], attempt, *row[2:_DIGEST], _digest((attempt, *row[_ANSWER])), *row[_DIGEST + 1 :])
-
-
-def encode_ids(ids: Sequence[int] | np.ndarray) -> bytes:
-    """The stored blob of token ids [T]."""
-    return np.asarray(ids, dtype="<i4").tobytes()
 
 
 def decode_ids(blob: bytes) -> np.ndarray:

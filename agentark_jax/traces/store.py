@@ -171,9 +171,7 @@ class TraceStore:
         """
         turns = list(turns)
         new = [codec.encode_turn(turn) for turn in turns]
-        segments: dict[str, codec.Segment] = {}
-        for turn in turns:
-            segments.update(zip(turn.call.segment_hashes, turn.call.prompt, strict=True))
+        segments = dict(segment for turn in turns for segment in turn.call.segments)
         with self._transaction("record turns") as connection:
             attempts = {(row[0], row[1]): row for row in self._rows(_TURNS, keys=(row[0] for row in new))}
             successes = {row[0] for row in attempts.values() if codec.succeeded(row)}
@@ -194,10 +192,7 @@ class TraceStore:
                     successes.add(row[0])
                 attempts[row[0], row[1]] = row
                 added.append(row)
-            connection.executemany(
-                "INSERT OR IGNORE INTO segments VALUES (?, ?)",
-                ((name, codec.encode_ids(segment)) for name, segment in segments.items()),
-            )
+            connection.executemany("INSERT OR IGNORE INTO segments VALUES (?, ?)", segments.items())
             connection.executemany(_insert("turns", codec.TURN_COLUMNS), added)
 
     def lookup(self, key: str) -> Turn | None:
