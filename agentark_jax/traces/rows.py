@@ -173,15 +173,15 @@ def decode_turn(row: Row, segments: Mapping[str, Segment]) -> Turn:
 def row_problem(row: Row, segments: Mapping[str, Segment]) -> str | None:
     """What shows that a turn row is not as it was written; None when nothing does."""
     try:
-        turn = decode_turn(row, segments)
-        key = turn.key
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+        written = encode_turn(decode_turn(row, segments))
+    except (ValueError, TypeError, KeyError, OverflowError, AgentArkError) as error:
         return f"it cannot be read ({error!r})"
-    if key != row[0]:
+    if written[0] != row[0]:
         return "its call does not have the key under which it is stored"
-    if _digest((row[1], *row[_ANSWER])) != row[_DIGEST]:
+    if written[_DIGEST] != row[_DIGEST]:
         return "its answer is not the one that was recorded"
-    return None
+    changed = [name for name, before, now in zip(TURN_COLUMNS, written, row, strict=True) if before != now]
+    return f"its {' and '.join(changed)} is not what was recorded" if changed else None
 
 
 def is_segment(name: str, blob: bytes) -> bool:
