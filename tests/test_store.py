@@ -151,6 +151,12 @@ def test_turns_round_trip_exactly(tmp_path_factory, given_turns):
             assert_same(one, other)
         done = store.completed(turn.key for turn in given_turns)
         assert set(done) == {turn.key for turn in given_turns if turn.error is None}
+        assert store.texts(turn.key for turn in given_turns) == {
+            key: turn.completion.text for key, turn in done.items()
+        }
+        assert store.unanswered(turn.key for turn in given_turns) == {
+            turn.key for turn in given_turns if turn.error is not None
+        }
 
 
 def test_questions_round_trip_and_may_not_change(store):
