@@ -263,6 +263,30 @@ def test_turns_are_sorted_and_filtered_while_the_caller_writes(store):
     assert list(store.turns(question_id="other")) == []
 
 
+def test_pages_are_never_sorted_and_the_ledger_reads_its_index_only(store):
+    store.record_many([make_turn(agent=agent, round=agent % 2) for agent in range(5)])
+    statements: list[str] = []
+    store._connection.set_trace_callback(statements.append)
+    for filters in ({}, {"protocol": "debate"}, {"question_id": "q0", "role": "debater"}, {"round": 1, "weights": "w"}):
+        for errors in (True, False):
+            assert len(list(store.turns(**filters, errors=errors))) == (2 if "round" in filters else 5)
+    assert len(list(store.labelled("g", protocol="debate", role="debater", weights="w"))) == 5
+    assert len(list(store.labelled("g", keys=[make_turn().key], protocol="debate", role="debater"))) == 1
+    read = [statement for statement in statements if " turns " in statement]
+    statements.clear()
+    for by in (("protocol", "role", "round"), ("question_id",), ("agent",), ()):
+        store.ledger(*by)
+    counted = statements[:]
+    store._connection.set_trace_callback(None)
+
+    def plan(statement: str) -> str:
+        return " ".join(row[3] for row in store._connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
+
+    assert len(read) > 10
+    assert not [statement for statement in read if "TEMP B-TREE" in plan(statement)]
+    assert all("COVERING INDEX turns_ledger" in plan(statement) for statement in counted)
+
+
 def test_the_ledger_adds_up(store):
     store.record_many([make_turn(agent=agent) for agent in range(3)])
     store.record_many([make_turn(agent=5, error="x"), make_turn(round=1), make_turn(role="judge")])
