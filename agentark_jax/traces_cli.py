@@ -66,10 +66,11 @@ Check a store against its own hashes: the keys of all calls, every answer, id-se
 Exit code 0 when all is as it was recorded, 1 with a line for each thing that is not.
 """
 
-# Escape sequences whole, then every other control character but line feed and tab, and marks that reorder text.
+# Escape sequences whole, then every other control character but line feed and tab, marks that reorder text, and what
+# cannot be printed.
 _CONTROLS = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]?"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]",
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
     re.DOTALL,
 )
 

@@ -286,13 +286,10 @@ class TraceStore:
         """
         with self._transaction("write labels") as connection:
             rows = [codec.encode_label(label) for label in labels]
-            self._check_labelled({row[0] for row in rows})
+            unknown = self.unanswered(row[0] for row in rows)
+            if unknown:
+                raise AgentArkError(f"{self.path}: no successful turn {min(unknown)} to label; record it first.")
             connection.executemany(_insert("labels").replace("INSERT", "INSERT OR REPLACE"), rows)
-
-    def _check_labelled(self, keys: set[str]) -> None:
-        unknown = self.unanswered(keys)
-        if unknown:
-            raise AgentArkError(f"{self.path}: no successful turn {min(unknown)} to label; record it first.")
 
     def labels(self, grader: str) -> dict[str, Label]:
         """The labels that a grader gave, by turn key, in key order."""
@@ -343,7 +340,7 @@ class TraceStore:
 
         Only the times of recording and the names of servers have no hash.
         """
-        with self.snapshot(), self._guarded("verify"):
+        with self.snapshot(), self._guarded("verify"), self._any_text():
             problems = [row[0] for row in self._connection.execute("PRAGMA integrity_check") if row[0] != "ok"]
             for page in self.pages("segments"):
                 problems += [
@@ -367,6 +364,15 @@ class TraceStore:
                 on_turns(len(page))
         return problems
 
+    @contextmanager
+    def _any_text(self) -> Iterator[None]:
+        # A text that is no longer UTF-8 should be found like any other change, not end the search.
+        self._connection.text_factory = lambda content: content.decode(errors="surrogateescape")
+        try:
+            yield
+        finally:
+            self._connection.text_factory = str
+
     def _problems(self, page: Sequence[codec.Row]) -> Iterator[tuple[codec.Row, str]]:
         segments = self._segments(page)
         for row in page:
@@ -382,7 +388,7 @@ class TraceStore:
         try:
             yield
         finally:
-            with self._guarded("read"):
+            if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
     def pages(self, table: str) -> Iterator[list[codec.Row]]:
@@ -419,7 +425,9 @@ class TraceStore:
                 self._add_calls(batch, source.name)
                 on_turns(sum(map(len, batch)))
             for page in source.pages("labels"):
-                self._check_labelled({row[0] for row in page})
+                unknown = self.unanswered(row[0] for row in page)
+                if unknown:
+                    raise AgentArkError(f"{source.name}: labels, {min(unknown)}: there is no such successful turn.")
                 self._add_whole("labels", 2, page, source.name)
             after = self.ledger()[0]
         return after.calls + after.failed - before.calls - before.failed
@@ -495,9 +503,10 @@ class TraceStore:
         while True:
             with self._guarded("read turns"):
                 page = self._connection.execute(query, (*values, *last, *given.values())).fetchall()
-            if not page:
+            if page:
+                yield page
+            if len(page) < _PAGE:
                 return
-            yield page
             last = page[-1][:2]
 
     def _rows(self, columns: str, *, keys: Iterable[str]) -> Iterator[codec.Row]:
@@ -648,12 +657,12 @@ class TraceStore:
         except sqlite3.IntegrityError as error:
             fix = "Put the questions into the store before their turns." if "FOREIGN" in str(error) else ""
             raise AgentArkError(f"{self.path}: cannot {action}: {error}. {fix}".rstrip()) from error
-        except sqlite3.OperationalError as error:
-            raise AgentArkError(
-                f"{self.path}: cannot {action}: {error}. Free disk space and check that the file and its directory are "
-                "writable, then run again: nothing recorded before is lost."
-            ) from error
         except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and "decode" not in str(error):
+                raise AgentArkError(
+                    f"{self.path}: cannot {action}: {error}. Free disk space and check that the file and its directory "
+                    "are writable, then run again: nothing recorded before is lost."
+                ) from error
             raise AgentArkError(
                 f"{self.path}: cannot {action}: {error}. The file is damaged or no trace store; restore it from a "
                 "copy, or move it and its -wal and -shm files away and run again."
