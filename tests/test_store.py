@@ -686,6 +686,9 @@ def test_tampering_is_found(tmp_path, statement, values, found):
         if "cannot be read" in found:
             with pytest.raises(AgentArkError, match="changed after it was recorded"):
                 list(store.turns())
+        if "zeroblob(3)" in statement:
+            with pytest.raises(AgentArkError, match="changed after it was recorded"):
+                list(store.labelled("g"))
 
 
 # What verify cannot see: nothing follows from when a turn was recorded, or which server answered.

@@ -143,8 +143,8 @@ class TraceStore:
                     connection.execute(_insert("questions"), row)
                 elif known != row:
                     raise AgentArkError(
-                        f"{self.path}: question {row[0]} is already stored and differs: {known[1:]} is not {row[1:]}. "
-                        "Remove the repeated question, or use a new run directory for changed questions."
+                        f"{self.path}: question {row[0]} is already stored and differs: {known[1:-1]} is not "
+                        f"{row[1:-1]}. Remove the repeated question, or use a new run directory for changed questions."
                     )
 
     def questions(self) -> list[Question]:
@@ -316,7 +316,9 @@ class TraceStore:
         filters = {"protocol": protocol, "role": role, "weights": weights}
         for page in self._pages(_LABELLED, filters, keys=keys, errors=False, values=(grader, grader)):
             for row in page:
-                yield (row[0], *row[2:-2], codec.decode_ids(row[-2]), codec.decode_logprobs(row[-1]))
+                with self._reading(row):
+                    values = (row[0], *row[2:-2], codec.decode_ids(row[-2]), codec.decode_logprobs(row[-1]))
+                yield values
 
     # The store as a whole
 
@@ -528,13 +530,19 @@ class TraceStore:
     def _decode(self, page: Sequence[codec.Row]) -> Iterator[Turn]:
         segments = self._segments(page)
         for row in page:
-            try:
-                yield codec.decode_turn(row, segments)
-            except (ValueError, TypeError, KeyError) as error:
-                raise AgentArkError(
-                    f"{self.path}: turn {row[0]} was changed after it was recorded ({error!r}). Restore the file from "
-                    "a copy, or delete it and run again."
-                ) from error
+            with self._reading(row):
+                turn = codec.decode_turn(row, segments)
+            yield turn
+
+    @contextmanager
+    def _reading(self, row: codec.Row) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, TypeError, KeyError) as error:
+            raise AgentArkError(
+                f"{self.path}: turn {row[0]} was changed after it was recorded ({error!r}). Restore the file from "
+                "a copy, or delete it and run again."
+            ) from error
 
     # Opening
 
