@@ -43,6 +43,7 @@ usage: agentark <command> [options]
 commands:
   run        the whole pipeline (the same as `python -m agentark_jax.train`); `agentark run --help` lists every key
   fit        with --dry-run: what the training of a config needs on a named topology, and whether it fits there
+  traces     a run's trace store: what was said and what it cost; export, merge, verify
   logits     a model's logits for an array of token ids, to compare with any other implementation
   generate   a model's completions of a text
 """
@@ -60,6 +61,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _run(rest, prog or "agentark run")
         if command == "fit":
             return _fit(rest)
+        if command == "traces":
+            from agentark_jax.traces_cli import traces
+
+            return traces(rest)
         if command in ("logits", "generate"):
             from agentark_jax import tools
 

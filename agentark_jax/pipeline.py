@@ -115,7 +115,6 @@ class Pipeline:
         evaluated, evaluated_debate = self.evaluate(base, students, questions_stage, questions["held_out"])
         keys = {row.key for row in (*debated, *evaluated_debate)}
         keys |= {key for arm in evaluated.values() for prediction in arm.predictions for key in prediction.turn_keys}
-        turns = self.store.completed(keys)
         return Outcome(
             self.seed,
             self.run.directory,
@@ -126,7 +125,7 @@ class Pipeline:
             selections,
             debated,
             evaluated_debate,
-            {key: turn.completion.text for key, turn in turns.items() if turn.completion is not None},
+            self.store.texts(keys),
         )
 
     # Stages

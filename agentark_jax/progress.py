@@ -31,9 +31,12 @@ class _TokenRate(ProgressColumn):
 
 
 class Bar:
-    """One bar; `advance` with what is done, or `set` to a position. `total` may grow as work is discovered."""
+    """One bar; `advance` with what is done, or `set` to a position.
 
-    def __init__(self, progress: Progress, description: str, total: int):
+    `total` may grow as work is discovered; None where it is unknown.
+    """
+
+    def __init__(self, progress: Progress, description: str, total: int | None):
         self._progress = progress
         self._task = progress.add_task(description, total=total, tokens=0)
         self._tokens = 0
@@ -42,7 +45,7 @@ class Bar:
         self._tokens += tokens
         self._progress.update(self._task, advance=1, tokens=self._tokens)
 
-    def set(self, done: int, total: int, tokens: int) -> None:
+    def set(self, done: int, total: int | None, tokens: int) -> None:
         self._progress.update(self._task, completed=done, total=total, tokens=tokens)
 
 
@@ -72,7 +75,7 @@ class Display:
         logger.handlers, logger.propagate = [handler], False
 
     @contextmanager
-    def bar(self, description: str, total: int) -> Iterator[Bar]:
+    def bar(self, description: str, total: int | None) -> Iterator[Bar]:
         """A bar for the time of the `with` block."""
         columns = (
             SpinnerColumn(),

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,15 +17,24 @@ Verdict = Literal["right", "wrong", "unparseable"]
 FlipClass = Literal["right→right", "wrong→right", "right→wrong", "wrong→wrong"]
 
 
+_canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
 def stable_hash(value: Any) -> str:
     """SHA-256 (hex, first 24 digits) of a JSON-serialisable value; equal values give equal hashes on every machine."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    return hashlib.sha256(_canonical_json(value).encode()).hexdigest()[:24]
 
 
 def ids_hash(ids: np.ndarray) -> str:
     """Content hash of a sequence of token ids."""
     return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").tobytes()).hexdigest()[:24]
+
+
+@lru_cache(maxsize=1024)
+def _encode_segment(segment: tuple[int, ...]) -> tuple[str, bytes]:
+    # The same segments stand in many prompts: what one agent said, in those of all its peers.
+    ids = np.asarray(segment, "<i4")
+    return ids_hash(ids), ids.tobytes()
 
 
 @dataclass(frozen=True)
@@ -56,13 +66,21 @@ class Grade:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn. `temperature` 0 is greedy; `stop_ids` end a completion and belong to it."""
+    """How tokens are drawn. `temperature` 0 is greedy; `stop_ids` end a completion and belong to it.
+
+    `regex`, where given, is a pattern that the whole text must match; the engine allows no token that breaks it.
+    """
 
     temperature: float
     max_tokens: int
     stop_ids: tuple[int, ...]
     seed: int
     top_p: float = 1.0
+    regex: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, `regex` only where there is one: calls without it keep the keys they had before it existed."""
+        return {name: value for name, value in vars(self).items() if name != "regex" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -87,11 +105,21 @@ class Call:
     sampling: Sampling
     prompt: tuple[tuple[int, ...], ...]
 
-    @property
-    def key(self) -> str:
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON values."""
         # Not `asdict`: it would copy every token of the prompt one by one.
-        segments = [ids_hash(np.asarray(segment, np.int32)) for segment in self.prompt]
-        return stable_hash({**vars(self), "sampling": vars(self.sampling), "prompt": segments})
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values["sampling"] = self.sampling.to_json()
+        return values
+
+    @cached_property
+    def segments(self) -> tuple[tuple[str, bytes], ...]:
+        """The prompt's segments as content hash and little-endian int32."""
+        return tuple(map(_encode_segment, self.prompt))
+
+    @cached_property
+    def key(self) -> str:
+        return stable_hash({**self.to_json(), "prompt": [name for name, _ in self.segments]})
 
     @property
     def prompt_ids(self) -> np.ndarray:
@@ -102,7 +130,8 @@ class Call:
 class Completion:
     """What an engine answers: the sampled ids (stop id included) and their log-probabilities.
 
-    `logprobs` [T] are at the sampling temperature (temperature 1 for greedy), before truncation by top_p.
+    `logprobs` [T] are at the sampling temperature (temperature 1 for greedy), before truncation by top_p. `server`
+    says which of several servers answered.
     """
 
     ids: np.ndarray
@@ -112,6 +141,7 @@ class Completion:
     prompt_tokens: int
     cached_tokens: int
     seconds: float
+    server: str | None = None
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ The same arguments give the same text again; sample i is drawn with seed SEED + 
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Arguments of a tool; wrong ones raise UsageError."""
+
     def __init__(self, prog: str, description: str) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog, description=description, formatter_class=formatter, allow_abbrev=False)
@@ -52,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 def logits(arguments: Sequence[str]) -> None:
     """`agentark logits`. Raises UsageError for ids or a model that cannot be used, before the weights are read."""
-    parser = _Parser("agentark logits", _LOGITS)
+    parser = Parser("agentark logits", _LOGITS)
     parser.add_argument("--model", required=True, help=_MODEL)
     parser.add_argument("--ids", required=True, type=Path, help="token ids, integers [B, T] (.npy)")
     parser.add_argument("--out", required=True, type=Path, help="where to write the logits, float32 [B, T, V] (.npy)")
@@ -120,7 +122,7 @@ def _check_ids(path: Path, ids: np.ndarray, vocabulary: int, positions: int) -> 
 
 def generate(arguments: Sequence[str]) -> None:
     """`agentark generate`. Raises UsageError for arguments or a model that cannot be used."""
-    parser = _Parser("agentark generate", _GENERATE)
+    parser = Parser("agentark generate", _GENERATE)
     parser.add_argument("--model", required=True, help=_MODEL)
     parser.add_argument("--prompt", required=True, help="the text to go on from")
     parser.add_argument("--max_tokens", type=int, default=128, help="longest completion (default: %(default)s)")

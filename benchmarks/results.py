@@ -296,15 +296,16 @@ def table(result: Result | Comparison) -> str:
 def _speeds(result: Result, sizes: str) -> list[str]:
     ratio_to = {ratio.over: ratio for ratio in result.ratios}
     rates = "; ".join(
-        f"{name} {spread.median:,.0f} {'GB/s' if name == 'bandwidth' else 'GFLOP/s'}"
+        f"{name} {spread.median:,.3g} GB/s" if name == "bandwidth" else f"{name} {spread.median:,.0f} GFLOP/s"
         for name, spread in result.rates.items()
     )
+    precision = ", fp32" if "model_type" in result.model else ""
     return [
         f"| | {result.unit}, median (range) | ours is … as fast | of the floor | peak memory |",
         "|---|---|---|---|---|",
         *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
         "",
-        f"{result.model['name']}, fp32; {sizes}. Measured in the same rounds: {rates}.",
+        f"{result.model['name']}{precision}; {sizes}. Measured in the same rounds: {rates}.",
     ]
 
 

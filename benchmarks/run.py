@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentark_jax.errors import AgentArkError, UsageError
-from benchmarks import compile_time, generation, results, sft_memory, sft_step
+from benchmarks import compile_time, generation, results, sft_memory, sft_step, store
 
-SUITES = {"cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)}}
+SUITES = {
+    "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)},
+    "store": {store.NAME: store.run},
+}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

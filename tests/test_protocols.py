@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 from scripted import ScriptedEngine
+from test_engine import make_engine
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.protocols.calls import Caller, Draw
@@ -108,6 +109,28 @@ def test_a_failed_call_is_kept_as_an_attempt_and_tried_again(form, store):
     assert turn.attempt == 1
     assert turn.key == failed.key
     assert store.lookup(turn.key).completion.text == turn.completion.text
+
+
+def test_the_ledger_of_a_debate_is_what_the_engine_counted(form, store):
+    engine = make_engine()
+    settings = DebateConfig(agents=3, rounds=2, max_tokens=6)
+
+    async def everyone():
+        caller = Caller(engine, store, form, seed=0)
+        return await asyncio.gather(*(debate(question, caller, settings) for question in (QUESTION, OTHER)))
+
+    asyncio.run(everyone())
+    total = store.ledger()[0]
+    assert (total.calls, total.failed) == (12, 0)
+    assert total.completion_tokens == engine.sampled_tokens
+    # The last token of a prompt is read by the first decode step.
+    assert total.prompt_tokens - total.cached_tokens - total.calls == engine.prefilled_tokens
+    assert total.cached_tokens > 0
+    parts = store.ledger("protocol", "round", "agent", "question_id")
+    assert len(parts) == 12
+    for name in ("calls", "prompt_tokens", "cached_tokens", "completion_tokens"):
+        assert sum(getattr(part, name) for part in parts) == getattr(total, name)
+    assert sum(part.seconds for part in parts) == pytest.approx(total.seconds)
 
 
 @pytest.mark.parametrize(

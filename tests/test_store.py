@@ -1,8 +1,12 @@
 """The trace store: exact round trips, nothing paid twice, nothing lost or half-written, nothing altered unseen."""
 
+import asyncio
 import dataclasses
+import hashlib
 import json
 import os
+import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -11,12 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from filelock import FileLock
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Call, Completion, Label, Question, Sampling, Turn
-from agentark_jax.traces.store import TraceStore, TurnCounts
+from agentark_jax.traces import rows
+from agentark_jax.traces.store import TraceStore, Usage
+from agentark_jax.traces.writer import TurnWriter
+from benchmarks.store import debate as make_debate
+from benchmarks.store import prompt_share
 
 QUESTION = Question("q0", "sums", "train", "1 + 1?", "2", "1 + 1 = 2", {"steps": [2], "name": "Zoë"})
 
@@ -89,6 +98,7 @@ samplings = st.builds(
     stop_ids=st.lists(int32, max_size=3).map(tuple),
     seed=st.integers(0, 2**64 - 1),
     top_p=st.floats(0.1, 1),
+    regex=st.none() | words,
 )
 calls = st.builds(
     Call,
@@ -122,6 +132,7 @@ def turns(draw) -> Turn:
         prompt_tokens=draw(small),
         cached_tokens=draw(small),
         seconds=draw(st.floats(0, 1e6)),
+        server=draw(st.none() | words),
     )
     return Turn(draw(calls), draw(small), completion)
 
@@ -140,6 +151,12 @@ def test_turns_round_trip_exactly(tmp_path_factory, given_turns):
             assert_same(one, other)
         done = store.completed(turn.key for turn in given_turns)
         assert set(done) == {turn.key for turn in given_turns if turn.error is None}
+        assert store.texts(turn.key for turn in given_turns) == {
+            key: turn.completion.text for key, turn in done.items()
+        }
+        assert store.unanswered(turn.key for turn in given_turns) == {
+            turn.key for turn in given_turns if turn.error is not None
+        }
 
 
 def test_questions_round_trip_and_may_not_change(store):
@@ -246,14 +263,42 @@ def test_turns_are_sorted_and_filtered_while_the_caller_writes(store):
     assert list(store.turns(question_id="other")) == []
 
 
-def test_counts_add_up(store):
+def test_pages_are_never_sorted_and_the_ledger_reads_its_index_only(store):
+    store.record_many([make_turn(agent=agent, round=agent % 2) for agent in range(5)])
+    statements: list[str] = []
+    store._connection.set_trace_callback(statements.append)
+    for filters in ({}, {"protocol": "debate"}, {"question_id": "q0", "role": "debater"}, {"round": 1, "weights": "w"}):
+        for errors in (True, False):
+            assert len(list(store.turns(**filters, errors=errors))) == (2 if "round" in filters else 5)
+    assert len(list(store.labelled("g", protocol="debate", role="debater", weights="w"))) == 5
+    assert len(list(store.labelled("g", keys=[make_turn().key], protocol="debate", role="debater"))) == 1
+    read = [statement for statement in statements if " turns " in statement]
+    statements.clear()
+    for by in (("protocol", "role", "round"), ("question_id",), ("agent",), ()):
+        store.ledger(*by)
+    counted = statements[:]
+    store._connection.set_trace_callback(None)
+
+    def plan(statement: str) -> str:
+        return " ".join(row[3] for row in store._connection.execute(f"EXPLAIN QUERY PLAN {statement}"))
+
+    assert len(read) == 10
+    assert not [statement for statement in read if "TEMP B-TREE" in plan(statement)]
+    assert all("COVERING INDEX turns_ledger" in plan(statement) for statement in counted)
+
+
+def test_the_ledger_adds_up(store):
     store.record_many([make_turn(agent=agent) for agent in range(3)])
     store.record_many([make_turn(agent=5, error="x"), make_turn(round=1), make_turn(role="judge")])
-    assert store.counts() == [
-        TurnCounts("debate", "debater", 0, 4, 1, 15, 6, 12),
-        TurnCounts("debate", "debater", 1, 1, 0, 5, 2, 4),
-        TurnCounts("debate", "judge", 0, 1, 0, 5, 2, 4),
+    assert store.ledger("protocol", "role", "round") == [
+        Usage(("debate", "debater", 0), 3, 1, 15, 6, 12, 0.75),
+        Usage(("debate", "debater", 1), 1, 0, 5, 2, 4, 0.25),
+        Usage(("debate", "judge", 0), 1, 0, 5, 2, 4, 0.25),
     ]
+    assert store.ledger() == [Usage((), 5, 1, 25, 10, 20, 1.25)]
+    assert store.ledger()[0].price(2.0, 1.0, 10.0) == (15 * 2 + 10 * 1 + 20 * 10) / 1e6
+    with pytest.raises(ValueError, match="seconds"):
+        store.ledger("seconds")
 
 
 def test_labels_belong_to_successful_turns_and_are_replaced(store):
@@ -306,11 +351,11 @@ with TraceStore(sys.argv[1]) as store:
 """
 
 
-def start_writer(path: Path) -> subprocess.Popen:
+def start_writer(path: Path, script: str = WRITER) -> subprocess.Popen:
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, text=True, env=environment
     )
     assert process.stdout.readline() == "open\n"
     return process
@@ -324,7 +369,7 @@ def test_a_killed_writer_leaves_whole_turns_and_a_free_lock(tmp_path):
         try:
             with TraceStore(path, read_only=True) as reader:
                 acknowledged = [int(process.stdout.readline()) for _ in range(committed + 15)][-1]
-                assert sum(count.turns for count in reader.counts()) >= 51 * (acknowledged + 1)
+                assert reader.ledger()[0].calls >= 51 * (acknowledged + 1)
             with pytest.raises(AgentArkError, match=f"process {process.pid} on "):
                 TraceStore(path)
         finally:
@@ -350,6 +395,257 @@ def test_two_writers_in_one_process(tmp_path):
         pass
 
 
+# Many callers
+
+
+def record_all(store: TraceStore, every: list[Turn]) -> list[BaseException | None]:
+    async def together():
+        writer = TurnWriter(store)
+        return await asyncio.gather(*(writer.record(turn) for turn in every), return_exceptions=True)
+
+    return asyncio.run(together())
+
+
+def test_turns_that_finish_together_are_one_transaction(store):
+    statements = []
+    store._connection.set_trace_callback(statements.append)
+    every = [make_turn(agent=agent) for agent in range(100)]
+    assert record_all(store, every) == [None] * 100
+    assert sum("COMMIT" in statement for statement in statements) == 1
+    assert store.unanswered(turn.key for turn in every) == set()
+
+
+def test_a_turn_is_acknowledged_only_when_others_can_read_it(store):
+    async def one_after_the_other():
+        writer = TurnWriter(store)
+        with TraceStore(store.path, read_only=True) as reader:
+            for agent in range(3):
+                await writer.record(make_turn(agent=agent))
+                assert reader.ledger()[0].calls == agent + 1
+
+    asyncio.run(one_after_the_other())
+
+
+def test_a_turn_that_cannot_be_kept_takes_no_other_with_it(store):
+    every = [make_turn(), make_turn(agent=1, text="\ud800"), make_turn(agent=2), make_turn(attempt=1)]
+    outcomes = record_all(store, every)
+    assert [type(outcome) for outcome in outcomes] == [type(None), AgentArkError, type(None), AgentArkError]
+    assert "Unicode" in str(outcomes[1])
+    assert "paid twice" in str(outcomes[3])
+    assert sorted(turn.call.agent for turn in store.turns()) == [0, 2]
+
+
+def test_a_cancelled_caller_loses_no_turn(store):
+    async def cancel_one():
+        writer = TurnWriter(store)
+        tasks = [asyncio.create_task(writer.record(make_turn(agent=agent))) for agent in range(3)]
+        await asyncio.sleep(0)  # all have handed over their turn, nothing is committed
+        assert list(store.turns()) == []
+        tasks[1].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    outcomes = asyncio.run(cancel_one())
+    assert [type(outcome) for outcome in outcomes] == [type(None), asyncio.CancelledError, type(None)]
+    assert sorted(turn.call.agent for turn in store.turns()) == [0, 1, 2]
+
+
+def test_a_failure_reaches_every_caller_and_nothing_is_lost(store):
+    store.record(make_turn())
+    full = [make_turn(agent=agent, text="x" * 500) for agent in range(1, 50)]
+    set_limit(store, 0)
+    outcomes = record_all(store, full)
+    refused = [turn for turn, outcome in zip(full, outcomes, strict=True) if outcome is not None]
+    assert len(refused) > 30, "one by one a few may still fit"
+    assert all("Free disk space" in str(outcome) for outcome in outcomes if outcome is not None)
+    assert store.unanswered(turn.key for turn in full) == {turn.key for turn in refused}
+    set_limit(store, 10_000)
+    assert record_all(store, refused) == [None] * len(refused)
+    assert store.verify() == []
+    assert store.ledger()[0].calls == 50
+    store.close()
+    assert {type(outcome) for outcome in record_all(store, full[:2])} == {sqlite3.ProgrammingError}
+
+
+def set_limit(store: TraceStore, more_pages: int) -> None:
+    """Let the file grow by so many pages and no further, as on a disk that is nearly full."""
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages + more_pages}")
+
+
+RUN = """
+import asyncio, random, sys
+import test_store
+from agentark_jax.traces.store import TraceStore
+from agentark_jax.traces.writer import TurnWriter
+
+async def ask(store, writer, agent):
+    turn = test_store.make_turn(agent=agent)
+    if store.lookup(turn.key) is None:
+        await asyncio.sleep(random.random() / 4)
+        await writer.record(turn)
+        print(agent, flush=True)
+
+async def everyone(store):
+    writer = TurnWriter(store)
+    await asyncio.gather(*(ask(store, writer, agent) for agent in range(400)))
+
+with TraceStore(sys.argv[1]) as store:
+    store.put_question(test_store.QUESTION)
+    print("open", flush=True)
+    asyncio.run(everyone(store))
+"""
+
+
+def test_a_run_killed_again_and_again_ends_as_an_undisturbed_one(tmp_path):
+    path, acknowledged = tmp_path / "killed.sqlite", []
+    for kill_after in (random.randrange(100), random.randrange(100), None):
+        process = start_writer(path, RUN)
+        lines = [process.stdout.readline() for _ in range(kill_after or 0)]
+        if kill_after is not None:
+            process.send_signal(signal.SIGKILL)
+        rest, _ = process.communicate()
+        acknowledged += [int(line) for line in (*lines, *rest.split("\n")[:-1])]
+    assert sorted(acknowledged) == sorted(set(acknowledged)), "no turn was paid for twice after it was acknowledged"
+    with TraceStore(tmp_path / "undisturbed.sqlite") as store:
+        store.put_question(QUESTION)
+        store.record_many(make_turn(agent=agent) for agent in range(400))
+    for name in ("killed", "undisturbed"):
+        with TraceStore(tmp_path / f"{name}.sqlite", read_only=True) as store:
+            assert store.verify() == []
+            store.export_canonical(tmp_path / f"{name}.jsonl")
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "undisturbed.jsonl").read_bytes()
+
+
+# Older stores
+
+V1 = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE questions (
+  id TEXT PRIMARY KEY, task TEXT NOT NULL, split TEXT NOT NULL, prompt TEXT NOT NULL, answer TEXT NOT NULL,
+  rationale TEXT NOT NULL, meta TEXT NOT NULL);
+CREATE TABLE segments (hash TEXT PRIMARY KEY, ids BLOB NOT NULL);
+CREATE TABLE turns (
+  call_key TEXT NOT NULL, attempt INTEGER NOT NULL CHECK (attempt >= 0),
+  question_id TEXT NOT NULL REFERENCES questions (id), protocol TEXT NOT NULL, agent INTEGER NOT NULL,
+  role TEXT NOT NULL, round INTEGER NOT NULL, sample INTEGER NOT NULL, parents TEXT NOT NULL, model TEXT NOT NULL,
+  weights TEXT NOT NULL, tokenizer TEXT NOT NULL, template TEXT NOT NULL, sampling TEXT NOT NULL, prompt TEXT NOT NULL,
+  completion_ids BLOB, logprobs BLOB, text TEXT, finish TEXT CHECK (finish IN ('stop', 'length')),
+  prompt_tokens INTEGER, cached_tokens INTEGER, completion_tokens INTEGER, seconds REAL, error TEXT,
+  digest TEXT NOT NULL, created TEXT NOT NULL DEFAULT (strftime('%Y-%m-%dT%H:%M:%fZ', 'now')),
+  PRIMARY KEY (call_key, attempt),
+  CHECK ((error IS NULL) = (completion_ids IS NOT NULL AND logprobs IS NOT NULL AND text IS NOT NULL
+    AND finish IS NOT NULL AND prompt_tokens IS NOT NULL AND cached_tokens IS NOT NULL
+    AND completion_tokens IS NOT NULL AND seconds IS NOT NULL)));
+CREATE UNIQUE INDEX one_success_per_call ON turns (call_key) WHERE error IS NULL;
+CREATE INDEX turns_of_question ON turns (question_id, call_key, attempt);
+CREATE TABLE labels (
+  call_key TEXT NOT NULL, grader TEXT NOT NULL, verdict TEXT NOT NULL
+  CHECK (verdict IN ('right', 'wrong', 'unparseable')), answer TEXT NOT NULL,
+  PRIMARY KEY (grader, call_key)) WITHOUT ROWID;
+INSERT INTO meta VALUES ('schema_version', '1');
+INSERT INTO questions VALUES ('q0', 'sums', 'train', '1 + 1?', '2', '1 + 1 = 2', '{"name": "Zoë", "steps": [2]}');
+INSERT INTO segments VALUES ('0c40fc912bea3d01b4dbad07', x'0200000003000000');
+INSERT INTO segments VALUES ('8ca6ee1043defcfd05aa29de', x'040000000500000006000000');
+INSERT INTO turns VALUES ('a634510ac46eed13e4dbc30b', 0, 'q0', 'debate', 0, 'debater', 0, 0, '[]', 'm', 'w', 't', 'p',
+  '{"temperature": 0.8, "max_tokens": 16, "stop_ids": [1, 7], "seed": 5, "top_p": 1.0}',
+  '["0c40fc912bea3d01b4dbad07", "8ca6ee1043defcfd05aa29de"]', NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL,
+  'server gone', '64ca4f3f4e97779222b9c99d', '2026-01-02T03:04:05.678Z');
+INSERT INTO turns VALUES ('a634510ac46eed13e4dbc30b', 1, 'q0', 'debate', 0, 'debater', 0, 0, '[]', 'm', 'w', 't', 'p',
+  '{"temperature": 0.8, "max_tokens": 16, "stop_ids": [1, 7], "seed": 5, "top_p": 1.0}',
+  '["0c40fc912bea3d01b4dbad07", "8ca6ee1043defcfd05aa29de"]', x'00000000010000000200000003000000',
+  x'00000080abaaaabeabaa2abf000080bf', 'so 2', 'stop', 5, 2, 4, 0.25, NULL, '168f5a300994ae8a1f20db25',
+  '2026-01-02T03:04:06.789Z');
+INSERT INTO labels VALUES ('a634510ac46eed13e4dbc30b', 'g', 'right', '2');
+"""
+V1_EXPORT = "d355bbd51460031d57338b849ecb9549e45ecbcad1531679d0b6f0a2b38265f3"
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A store as version 1 wrote it."""
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.executescript(V1)
+    connection.close()
+    return path
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_an_old_store_is_brought_up_to_date_and_loses_nothing(old, tmp_path, read_only):
+    with TraceStore(old, read_only=read_only) as store:
+        assert store.verify() == []
+        first, second = store.turns()
+        assert_same(first, make_turn(error="server gone"))
+        assert_same(second, make_turn(attempt=1))
+        assert store.questions() == [QUESTION]
+        assert store.labels("g") == {first.key: Label(first.key, "g", "right", "2")}
+        assert store.ledger() == [Usage((), 1, 1, 5, 2, 4, 0.25)]
+        store.export_canonical(tmp_path / "old.jsonl")
+    assert hashlib.sha256((tmp_path / "old.jsonl").read_bytes()).hexdigest() == V1_EXPORT
+    with TraceStore(old) as store, TraceStore(tmp_path / "new.sqlite") as new:
+        store.put_questions([QUESTION])
+        store.record(second)
+        store.record(make_turn(agent=1))
+
+        def shape(each: TraceStore) -> set[tuple]:
+            tables = ("meta", *rows.TABLES)
+            columns = {
+                (table, *row[1:]) for table in tables for row in each._connection.execute(f"PRAGMA table_info({table})")
+            }
+            return columns | set(each._connection.execute("SELECT name FROM sqlite_master WHERE type = 'index'"))
+
+        assert shape(store) == shape(new)
+
+
+def test_a_migration_that_fails_leaves_the_old_store(old, monkeypatch):
+    with monkeypatch.context() as broken:
+        broken.setitem(rows.MIGRATIONS, "1", rows.MIGRATIONS["1"] + "UPDATE nowhere SET x = 1;\n")
+        with pytest.raises(AgentArkError, match=r"old\.sqlite: cannot bring schema_version 1 to 2"):
+            TraceStore(old)
+    connection = sqlite3.connect(old)
+    assert connection.execute("SELECT value FROM meta").fetchone() == ("1",)
+    assert "server" not in [row[1] for row in connection.execute("PRAGMA table_info(turns)")]
+    connection.close()
+    with TraceStore(old) as store:
+        assert store.verify() == []
+
+
+def test_an_old_store_that_another_process_writes_says_so(old):
+    message = r"old\.sqlite: .*schema_version is 1, and it cannot be brought to 2 now: .* is writing"
+    with FileLock(f"{old}.lock"), pytest.raises(AgentArkError, match=message):
+        TraceStore(old, read_only=True)
+
+
+def test_keys_are_what_they_have_always_been(store, tmp_path):
+    assert make_call().key == "a634510ac46eed13e4dbc30b"
+    constrained = make_call(sampling=dataclasses.replace(make_call().sampling, regex="[0-9]+"))
+    assert constrained.key == "a34f9e0307c9a65c5006f6b6"
+    elsewhere = make_turn(agent=1)
+    elsewhere = dataclasses.replace(elsewhere, completion=dataclasses.replace(elsewhere.completion, server="http://b"))
+    store.record_many([make_turn(agent=1), dataclasses.replace(make_turn(), call=constrained)])
+    store.export_canonical(tmp_path / "a.jsonl")
+    with TraceStore(tmp_path / "b.sqlite") as other:
+        other.put_question(QUESTION)
+        other.record_many([elsewhere, dataclasses.replace(make_turn(), call=constrained)])
+        other.export_canonical(tmp_path / "b.jsonl")
+        assert other.lookup(elsewhere.key).completion.server == "http://b"
+    exported = (tmp_path / "a.jsonl").read_text()
+    assert exported == (tmp_path / "b.jsonl").read_text()
+    assert exported.count("regex") == 1
+
+
+# Size
+
+
+def test_prompts_of_a_debate_take_less_than_a_third_of_their_tokens(store):
+    question, turns = make_debate(0)
+    store.put_question(question)
+    store.record_many(turns)
+    assert len(turns) == 15
+    assert prompt_share(store) <= 0.3
+
+
 # Damage
 
 
@@ -367,6 +663,9 @@ def test_two_writers_in_one_process(tmp_path):
         ("UPDATE turns SET prompt = 'nonsense'", (), "cannot be read"),
         ("UPDATE turns SET sampling = replace(sampling, '0.8', '0.9')", (), "key"),
         ("UPDATE turns SET sampling = '{}'", (), "cannot be read"),
+        ("UPDATE turns SET sampling = sampling || ' '", (), "its sampling is not what was recorded"),
+        ("UPDATE questions SET answer = '3'", (), "questions, q0: it is not what was recorded"),
+        ("UPDATE labels SET verdict = 'wrong'", (), "it is not what was recorded"),
         ("UPDATE segments SET ids = ? WHERE length(ids) = 8", (np.asarray([2, 9], "<i4").tobytes(),), "its ids"),
         ("DELETE FROM segments WHERE length(ids) = 8", (), "cannot be read"),
         ("DELETE FROM questions", (), "question is missing"),
@@ -387,6 +686,57 @@ def test_tampering_is_found(tmp_path, statement, values, found):
         if "cannot be read" in found:
             with pytest.raises(AgentArkError, match="changed after it was recorded"):
                 list(store.turns())
+        if "zeroblob(3)" in statement:
+            with pytest.raises(AgentArkError, match="changed after it was recorded"):
+                list(store.labelled("g"))
+
+
+# What verify cannot see: nothing follows from when a turn was recorded, or which server answered.
+UNSEEN = {("turns", "created"), ("turns", "server")}
+CELLS = sorted({(table, column) for table, columns in rows.TABLES.items() for column in columns} - UNSEEN)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("filled") / "traces.sqlite"
+    with TraceStore(path) as store:
+        store.put_question(QUESTION)
+        store.record_many([make_turn(error="server gone"), make_turn(attempt=1, parents=("p",))])
+        store.record(make_turn(agent=1))
+        store.put_labels([Label(make_turn(agent=1).key, "g", "right", "2")])
+    return path
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cell=st.sampled_from(CELLS), place=st.integers(0, 10**6), change=st.integers(1, 255))
+def test_any_changed_byte_of_any_column_is_found(filled, tmp_path_factory, cell, place, change):
+    table, column = cell
+    path = tmp_path_factory.mktemp("changed") / "traces.sqlite"
+    shutil.copy(filled, path)
+    connection = sqlite3.connect(path)
+    stored = connection.execute(
+        f"SELECT rowid, {column} FROM {table}" if table != "labels" else f"SELECT 1, {column} FROM labels"
+    )
+    row, value = (found := stored.fetchall())[place % len(found)]
+    if isinstance(value, str | bytes):
+        content = bytearray(value.encode() if isinstance(value, str) else value)
+        assume(content)
+        content[place % len(content)] ^= change
+        changed = bytes(content)
+    else:
+        changed = change if value is None else value + change
+    assume(changed != value)
+    try:
+        where = "" if table == "labels" else f" WHERE rowid = {row}"
+        new = "CAST(? AS TEXT)" if isinstance(value, str) else "?"
+        connection.execute(f"UPDATE {table} SET {column} = {new}{where}", (changed,))
+        connection.commit()
+    except sqlite3.IntegrityError:
+        assume(False)
+    finally:
+        connection.close()
+    with TraceStore(path, read_only=True) as store:
+        assert store.verify() != [], (table, column, value, changed)
 
 
 @pytest.mark.parametrize("read_only", [False, True])
@@ -406,6 +756,19 @@ def test_files_that_are_no_usable_store(tmp_path, read_only):
     tamper(newer, "UPDATE meta SET value = '99' WHERE name = 'schema_version'")
     with pytest.raises(AgentArkError, match=r"newer\.sqlite.*schema_version is 99"):
         TraceStore(newer, read_only=read_only)
+
+
+def test_a_text_that_is_no_text_is_damage(tmp_path):
+    path = tmp_path / "traces.sqlite"
+    with TraceStore(path) as store:
+        store.put_question(QUESTION)
+        store.record_many([make_turn(), make_turn(agent=1)])
+    tamper(path, "UPDATE turns SET text = CAST(x'ff' AS TEXT) WHERE agent = 1")
+    with TraceStore(path) as store:
+        assert len(store.verify()) == 1
+        with pytest.raises(AgentArkError, match="damaged"):
+            list(store.turns())
+        assert store.lookup(make_turn().key).completion.text == "so 2"
 
 
 def test_a_damaged_page_is_reported(tmp_path):
@@ -468,4 +831,4 @@ def test_a_write_that_the_system_refuses(tmp_path):
     assert "Free disk space" in run.stdout, run
     with TraceStore(path) as store:
         assert store.verify() == []
-        assert sum(count.turns for count in store.counts()) % 20 == 1
+        assert store.ledger()[0].calls % 20 == 1

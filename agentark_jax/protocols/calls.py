@@ -8,6 +8,7 @@ from agentark_jax.engines.base import Engine, Request
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Call, Question, Sampling, Turn, stable_hash
 from agentark_jax.traces.store import TraceStore
+from agentark_jax.traces.writer import TurnWriter
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Caller:
         self.form = form
         self._engine = engine
         self._store = store
+        self._writer = TurnWriter(store)
         self._seed = seed
         self._on_turn = on_turn
 
@@ -89,10 +91,10 @@ class Caller:
         try:
             completion = await self._engine.generate(Request(call.prompt_ids, call.sampling))
         except AgentArkError as error:
-            self._store.record(Turn(call, attempt, None, str(error)))
+            await self._writer.record(Turn(call, attempt, None, str(error)))
             raise
         turn = Turn(call, attempt, completion)
-        self._store.record(turn)
+        await self._writer.record(turn)
         self._tell(turn, generated=True)
         return turn
 

@@ -108,46 +108,20 @@ def labelled_turns(
     Raises:
         AgentArkError: a turn has no label of this grader, or a key has no successful turn.
     """
-    labels = store.labels(grader)
-    if keys is None:
-        turns: Iterable[Turn] = store.turns(protocol=protocol, role=role, weights=weights, errors=False)
-    else:
-        wanted = set(keys)
-        found = store.completed(wanted)
-        if wanted - found.keys():
-            raise AgentArkError(f"{store.path}: call {min(wanted - found.keys())} has no answer; run the debate again.")
-        turns = (
-            turn
-            for turn in found.values()
-            if protocol in (None, turn.call.protocol)
-            and role in (None, turn.call.role)
-            and weights in (None, turn.call.weights)
-        )
+    if keys is not None:
+        keys = set(keys)
+        unanswered = store.unanswered(keys)
+        if unanswered:
+            raise AgentArkError(f"{store.path}: call {min(unanswered)} has no answer; run the debate again.")
     rows = []
-    for turn in turns:
-        key = turn.key
-        if key not in labels:
-            raise AgentArkError(f"{store.path}: turn {key} has no label of grader {grader}; run the label stage first.")
-        rows.append(_labelled(turn, labels[key]))
+    for values in store.labelled(grader, keys=keys, protocol=protocol, role=role, weights=weights):
+        row = LabelledTurn(*values)
+        if row.verdict is None:
+            raise AgentArkError(
+                f"{store.path}: turn {row.key} has no label of grader {grader}; run the label stage first."
+            )
+        rows.append(row)
     return sorted(rows, key=lambda row: row.place)
-
-
-def _labelled(turn: Turn, label: Label) -> LabelledTurn:
-    assert turn.completion is not None, "failed turns have no labels"
-    return LabelledTurn(
-        key=label.key,
-        question_id=turn.call.question_id,
-        protocol=turn.call.protocol,
-        role=turn.call.role,
-        agent=turn.call.agent,
-        round=turn.call.round,
-        sample=turn.call.sample,
-        verdict=label.verdict,
-        answer=label.answer,
-        finish=turn.completion.finish,
-        completion_ids=turn.completion.ids,
-        logprobs=turn.completion.logprobs,
-    )
 
 
 def by_speaker(rows: Iterable[LabelledTurn]) -> list[list[LabelledTurn]]:

@@ -1,0 +1,294 @@
+"""`agentark traces`: what is in a trace store, what it cost, whether it is whole; stores exported and merged."""
+
+import re
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from agentark_jax.errors import UsageError
+from agentark_jax.progress import Display
+from agentark_jax.records import Turn
+from agentark_jax.tools import Parser
+from agentark_jax.traces import exchange
+from agentark_jax.traces.store import LEDGER, OnTurns, TraceStore, Usage
+
+_TRACES = """\
+Read, check, export and merge trace stores: every model call of a run, with what it said and what it took.
+
+STORE is a store's file or the directory of a run. Reading disturbs no run that is writing.
+
+  agentark traces stats runs/quickstart --prices 0.30,0.03,1.20
+  agentark traces show runs/quickstart 3fa9 --tokenizer runs/quickstart/model
+  agentark traces export runs/quickstart --parquet s3://bucket/traces
+  agentark traces merge all.sqlite worker-0 worker-1 s3://bucket/traces
+  agentark traces verify all.sqlite
+"""
+_STATS = """\
+Count calls, failed attempts, tokens and seconds, and say what they cost.
+
+Calls are those that were answered; a failed attempt has no tokens. Cached tokens are some of the prompt tokens. Seconds
+are those of every call by itself: calls that ran side by side count side by side.
+
+  agentark traces stats runs/quickstart --by protocol,agent
+  agentark traces stats runs/quickstart --by question_id --prices 0.30,0.03,1.20
+"""
+_SHOW = """\
+Print the attempts of one call: what was asked, what was said, what it took.
+
+KEY is the beginning of the call's key; if several calls begin with it, their keys are listed. Without a tokenizer the
+prompt is printed as token ids, a segment to a line. Control characters of what a model said are left out.
+"""
+_EXPORT = """\
+Write a whole store to Parquet files, or its turns to one file that equal runs make byte for byte the same.
+
+--parquet loses nothing: `agentark traces merge` makes a store of it again. The URL is a directory, here or anywhere
+that fsspec knows (s3://, gs://, hf://, ...). --canonical writes JSON lines sorted by key, without times and cached
+usage.
+"""
+_MERGE = """\
+Add stores, and Parquet exports, to the store OUT, which is made when missing.
+
+Each source is added whole or not at all, and every row of it is checked. What OUT already has is skipped, so the
+command may be repeated. Two different answers to one call, or a question or label that differs, are an error: such
+stores are no parts of one run. Where stores have different failed attempts of a call, these are numbered anew in order
+of time.
+
+  agentark traces merge runs/all/traces.sqlite runs/worker-0 runs/worker-1
+"""
+_VERIFY = """\
+Check a store against its own hashes: the keys of all calls, every answer, id-segment, question and label.
+
+Exit code 0 when all is as it was recorded, 1 with a line for each thing that is not.
+"""
+
+# Escape sequences whole, then every other control character but line feed and tab, marks that reorder text, and what
+# cannot be printed.
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]?"
+    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+    re.DOTALL,
+)
+
+
+def plain(text: str) -> str:
+    """A text that others wrote, without what a terminal would obey."""
+    return _CONTROLS.sub("", text)
+
+
+def traces(arguments: Sequence[str]) -> int:
+    """`agentark traces`; the exit code. Raises UsageError for arguments that cannot be used."""
+    parser = Parser("agentark traces", _TRACES)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    def command(name: str, summary: str, description: str) -> Parser:
+        return commands.add_parser(name, help=summary, description=description)
+
+    stats = command("stats", "counts, tokens and cost", _STATS)
+    stats.add_argument("store", metavar="STORE", type=_store)
+    stats.add_argument(
+        "--by",
+        type=_columns,
+        default=LEDGER[:3],
+        help=f"count by these, of {','.join(LEDGER)} (default: the first three)",
+    )
+    stats.add_argument(
+        "--prices", type=_prices, metavar="PROMPT,CACHED,COMPLETION", help="of a million tokens each, in any currency"
+    )
+    stats.set_defaults(run=_stats)
+
+    show = command("show", "one call in full", _SHOW)
+    show.add_argument("store", metavar="STORE", type=_store)
+    show.add_argument("key", metavar="KEY")
+    show.add_argument("--tokenizer", type=Path, metavar="DIR", help="the directory of the model that was asked")
+    show.set_defaults(run=_show)
+
+    export = command("export", "to Parquet or canonical JSON lines", _EXPORT)
+    export.add_argument("store", metavar="STORE", type=_store)
+    target = export.add_mutually_exclusive_group(required=True)
+    target.add_argument("--parquet", metavar="URL", help="a directory to write four Parquet files to")
+    target.add_argument("--canonical", metavar="FILE", type=Path, help="a file to write JSON lines to")
+    export.set_defaults(run=_export)
+
+    merge = command("merge", "several stores into one", _MERGE)
+    merge.add_argument("out", metavar="OUT", type=_store)
+    merge.add_argument("sources", metavar="IN", nargs="+", help="a store, a run's directory, or a Parquet export's URL")
+    merge.set_defaults(run=_merge)
+
+    verify = command("verify", "find what was changed or damaged", _VERIFY)
+    verify.add_argument("store", metavar="STORE", type=_store)
+    verify.set_defaults(run=_verify)
+
+    options = parser.parse_args(arguments)
+    code: int = options.run(options)
+    return code
+
+
+def _store(text: str) -> Path:
+    path = Path(text)
+    return path / "traces.sqlite" if path.is_dir() else path
+
+
+def _columns(text: str) -> list[str]:
+    names = text.split(",")
+    if not set(names) <= set(LEDGER) or len(set(names)) < len(names):
+        raise ArgumentTypeError(f"{text!r} is not a choice of {','.join(LEDGER)}, each once")
+    return names
+
+
+def _prices(text: str) -> tuple[float, ...]:
+    try:
+        prices = tuple(map(float, text.split(",")))
+    except ValueError:
+        prices = ()
+    if len(prices) != 3 or not all(0 <= price < float("inf") for price in prices):
+        raise ArgumentTypeError(f"{text!r} is not three numbers of 0 or more: prompt,cached,completion")
+    return prices
+
+
+@contextmanager
+def _watched(title: str, total: int | None) -> Iterator[OnTurns]:
+    """A bar on standard error that counts turns."""
+    done = 0
+    with Display(Console(stderr=True)).bar(title, total) as bar:
+
+        def advance(turns: int) -> None:
+            nonlocal done
+            done += turns
+            bar.set(done, total, 0)
+
+        yield advance
+
+
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    # What is piped has no width of its own.
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
+
+
+def _turn_count(store: TraceStore) -> int:
+    total = store.ledger()[0]
+    return total.calls + total.failed
+
+
+def _stats(options: Namespace) -> int:
+    with TraceStore(options.store, read_only=True) as store, store.snapshot():
+        rows, total, questions = store.ledger(*options.by), store.ledger()[0], len(store.questions())
+    table = Table(
+        title=f"{plain(str(options.store))}: {questions:,} questions, {total.calls:,} calls", title_justify="left"
+    )
+    for name in options.by:
+        table.add_column(name)
+    heads = ["calls", "failed", "prompt tokens", "of them cached", "completion tokens", "seconds"]
+    for head in heads + ["price"] * (options.prices is not None):
+        table.add_column(head, justify="right")
+
+    def add(usage: Usage, group: Sequence[str | int]) -> None:
+        counts = (usage.calls, usage.failed, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens)
+        cells = [*(f"{count:,}" for count in counts), f"{usage.seconds:,.1f}"]
+        if options.prices is not None:
+            cells.append(f"{usage.price(*options.prices):,.4f}")
+        table.add_row(*(Text(plain(str(value))) for value in group), *cells)
+
+    for row in rows:
+        add(row, row.group)
+    table.add_section()
+    add(total, ["all", *[""] * (len(options.by) - 1)])
+    _console().print(table)
+    return 0
+
+
+def _show(options: Namespace) -> int:
+    if not re.fullmatch("[0-9a-f]+", options.key):
+        raise UsageError(f"KEY {options.key!r} is no beginning of a key: keys are hexadecimal digits.")
+    with TraceStore(options.store, read_only=True) as store:
+        keys = store.keys(options.key)
+        if len(keys) != 1:
+            listed = f"{len(keys)} begin with it: {', '.join(keys[:10])}" if keys else "no call begins with it"
+            raise UsageError(f"{options.store}: KEY {options.key} names no single call; {listed}.")
+        turns = list(store.turns(keys=keys))
+    console = _console()
+    console.print(_facts(turns[0]))
+    console.rule("prompt", align="left")
+    console.print(Text(_prompt(turns[0], options.tokenizer)))
+    for turn in turns:
+        completion = turn.completion
+        console.rule(f"attempt {turn.attempt}", align="left")
+        if completion is None:
+            console.print(Text(f"failed: {plain(turn.error or '')}", style="red"))
+            continue
+        console.print(Text(plain(completion.text)))
+        if options.tokenizer is None:
+            console.print(Text(f"ids: {completion.ids.tolist()}", style="dim"))
+        server = "" if completion.server is None else f", by {plain(completion.server)}"
+        console.print(
+            Text(
+                f"{completion.prompt_tokens:,} prompt tokens ({completion.cached_tokens:,} cached), "
+                f"{len(completion.ids):,} completion tokens, ended by {completion.finish}, "
+                f"{completion.seconds:.2f} s{server}",
+                style="dim",
+            )
+        )
+    return 0
+
+
+def _facts(turn: Turn) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for name, value in {"key": turn.key, **turn.call.to_json()}.items():
+        if name == "sampling":
+            value = ", ".join(f"{key} {each}" for key, each in value.items())
+        if name != "prompt":
+            table.add_row(Text(name, style="bold"), Text(plain(", ".join(value) if name == "parents" else str(value))))
+    return table
+
+
+def _prompt(turn: Turn, directory: Path | None) -> str:
+    if directory is None:
+        return "\n".join(f"ids: {list(segment)}" for segment in turn.call.prompt)
+    from agentark_jax.data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(directory)
+    if tokenizer.hash != turn.call.tokenizer:
+        raise UsageError(
+            f"--tokenizer {directory}: its hash is {tokenizer.hash}, the call was made with {turn.call.tokenizer}. "
+            "Give the directory of the model that was asked."
+        )
+    return plain(tokenizer.decode(turn.call.prompt_ids.tolist()))
+
+
+def _export(options: Namespace) -> int:
+    target = options.parquet or options.canonical
+    with TraceStore(options.store, read_only=True) as store, _watched("export turns", _turn_count(store)) as on_turns:
+        if options.parquet is not None:
+            count = exchange.export_parquet(store, options.parquet, on_turns)
+        else:
+            count = store.export_canonical(options.canonical, on_turns)
+    print(f"{target}: {count:,} turns")
+    return 0
+
+
+def _merge(options: Namespace) -> int:
+    with TraceStore(options.out) as out:
+        for source in options.sources:
+            held = _store(source)
+            place = str(held) if held.is_file() else source
+            with _watched(f"merge {source}", None) as on_turns:
+                added = exchange.merge(out, place, on_turns)
+            print(f"{source}: {added:,} turns added")
+        print(f"{options.out}: {_turn_count(out):,} turns")
+    return 0
+
+
+def _verify(options: Namespace) -> int:
+    with TraceStore(options.store, read_only=True) as store:
+        count = _turn_count(store)
+        with _watched("verify turns", count) as on_turns:
+            problems = store.verify(on_turns)
+    for problem in problems:
+        print(plain(problem))
+    print(f"{options.store}: {count:,} turns, {len(problems)} problems")
+    return 1 if problems else 0
