@@ -507,8 +507,7 @@ class Pipeline:
         self._longest = min(max(longest, together) + answer_limit, positions)
         needed = {
             "debate.max_tokens": (answer_limit, gold, "the longest gold rationale of the warm start"),
-            # Debates leave out what does not fit, and say so.
-            "engine.context": (config.engine.context, alone + answer_limit, "a question and its answer"),
+            "engine.context": (config.engine.context, self._longest, "the longest call of a debate"),
             "warm_start.answer.row_length": (config.warm_start.answer.row_length, alone + gold, "an example"),
             "warm_start.revision.row_length": (config.warm_start.revision.row_length, together + gold, "an example"),
             "fit.row_length": (config.fit.row_length, alone + answer_limit, "an example"),
@@ -520,10 +519,14 @@ class Pipeline:
         ]
         if short:
             raise UsageError("; ".join(short) + ": raise to that.")
-        if alone + answer_limit > positions:
+        # What debates quote they leave out where it does not fit, and say so; the rest of a prompt must fit.
+        unquoted = max(longest_prompt(question, form, replace(settings, max_tokens=1)) for question in asked)
+        shortest = unquoted + answer_limit
+        if shortest > positions:
             raise UsageError(
-                f"{_model_directory(raw) / 'config.json'}: the model takes {positions} tokens, but a question and its "
-                f"answer can take {alone + answer_limit}: lower debate.max_tokens, or ask shorter questions."
+                f"{_model_directory(raw) / 'config.json'}: the model takes {positions} tokens, but a call of a debate, "
+                f"without what it quotes, can take {shortest}: lower debate.max_tokens or debate.agents, ask shorter "
+                "questions, or set debate.aggregation to majority."
             )
 
     def _check_meshes(self, raw: Manifest) -> None:
@@ -630,7 +633,8 @@ class Pipeline:
     ) -> tuple[Asked, Asked]:
         """Every question's debate: its turns, and those whose majority is its answer."""
         settings = replace(self.config.debate, rounds=rounds)
-        context = self.config.engine.context or self._longest
+        # What fits is decided by the model, not by the engine's settings, which change no result.
+        context = model.config.max_positions
         results: dict[str, Result] = {}
 
         def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:

@@ -1,6 +1,7 @@
 """Control flow of single answers and debates against a scripted engine; every call kept and never paid for twice."""
 
 import asyncio
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -424,6 +425,18 @@ def test_one_answer_is_made_of_the_last_ones(form, store, aggregation, answers, 
     for turn in result.turns[3:]:
         assert turn.call.parents == tuple(each.key for each in result.turns[:3])
         assert turn.call.sampling.temperature == 0
+
+
+def test_an_answer_that_was_cut_off_has_no_vote(form, store):
+    engine = ScriptedEngine(form, said("1", "2", "2"))
+    answered = engine.generate
+
+    async def cut_off(request):
+        completion = await answered(request)
+        return replace(completion, finish="length") if completion.text == "The answer is 2." else completion
+
+    engine.generate = cut_off
+    assert run(engine, store, rounds=1).answer == "1"
 
 
 def test_a_judge_whose_call_fails_leaves_it_to_the_majority(form, store):

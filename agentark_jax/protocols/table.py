@@ -219,7 +219,7 @@ class Table:
             turn = failure.turn
             self._note(turn, "failed", str(failure))
         if draft.left_out:
-            self._note(turn, "left_out", f"{draft.left_out} answers did not fit engine context {agent.context}")
+            self._note(turn, "left_out", f"{draft.left_out} answers did not fit a context of {agent.context}")
         foreign = [quoted.key for quoted in draft.quoted if quoted.call.tokenizer != turn.call.tokenizer]
         if foreign:
             self._note(turn, "retokenised", f"reads the text of {', '.join(foreign)}, said with another tokenizer")
