@@ -520,8 +520,8 @@ class Pipeline:
         if short:
             raise UsageError("; ".join(short) + ": raise to that.")
         # What debates quote they leave out where it does not fit, and say so; the rest of a prompt must fit.
-        unquoted = max(longest_prompt(question, form, replace(settings, max_tokens=1)) for question in asked)
-        shortest = unquoted + answer_limit
+        wordiest = max(asked, key=lambda question: _length(form.question(question)))
+        shortest = longest_prompt(wordiest, form, replace(settings, max_tokens=1)) + answer_limit
         if shortest > positions:
             raise UsageError(
                 f"{_model_directory(raw) / 'config.json'}: the model takes {positions} tokens, but a call of a debate, "
@@ -637,9 +637,12 @@ class Pipeline:
         context = model.config.max_positions
         results: dict[str, Result] = {}
 
+        def read(question: Question, text: str) -> str:
+            return self.task.grade(question, text).answer
+
         def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:
             async def one(question: Question, caller: Caller) -> list[Turn]:
-                pool = Pool((Agent(caller, context=context),))
+                pool = Pool((Agent(caller, context=context),), read)
                 results[question.id] = await debate(question, pool, settings, peers)
                 return list(results[question.id].turns)
 

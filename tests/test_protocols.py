@@ -361,6 +361,17 @@ def test_what_does_not_fit_is_left_out_in_a_stated_order(form, store):
     assert list(lengths) == [(2, 2), (1, 2), (1, 1), (1, 0)]
 
 
+def test_an_instruction_that_does_not_fit_leaves_out_what_was_said_first(form, store):
+    engine = ScriptedEngine(form, numbered)
+    settings = {"rounds": 1, "max_tokens": 8, "aggregation": "summariser"}
+    *first, whole = run(engine, store, **settings).turns
+    for left_out, room in ((0, len(whole.call.prompt_ids) + 8), (1, len(whole.call.prompt_ids) + 7)):
+        result = run(engine, store, context=room, **settings)
+        assert result.turns[-1].call.parents == tuple(keys(first)[left_out:])
+        assert [note.kind for note in result.notes] == ["left_out"] * left_out
+    assert "Answer 1:\n[...]\n\nAnswer 2:" in prompt_of(result.turns[-1], form)
+
+
 # How a debate ends
 
 

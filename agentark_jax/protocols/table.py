@@ -5,9 +5,9 @@ in silence:
 
 - A call that fails is kept as a failed attempt, and a note says so; each method states how it goes on without. Where
   nobody answers the question at all, that is an error.
-- A prompt that is too long for its engine leaves something out, and a note says so: first the agent's own answers
-  before its last, oldest first, then its peers', from the last to the first; in an instruction the quoted turns, from
-  the last to the first. `parents` of the call are what is left. If even that is too long, the call fails.
+- A prompt that is too long for its model leaves something out, and a note says so. In a debate these are first the
+  agent's own answers before its last, oldest first, then its peers', from the last to the first; in an instruction the
+  quoted turns, in their order. `parents` of the call are what is left. If even that is too long, the call fails.
 - An agent whose model has another tokenizer than the speaker's reads the speaker's text, encoded once; a note says so.
 """
 
@@ -29,7 +29,7 @@ NoteKind = Literal["failed", "left_out", "retokenised", "unreadable"]
 T = TypeVar("T")
 
 CLOSING = f'\n\nEnd with "{ANSWER_PHRASE} ..." and nothing after it.'
-_LEFT_OUT = "(left out, too long)"
+_LEFT_OUT = "[...]"
 
 
 def read_answer(question: Question, text: str) -> str:
@@ -176,15 +176,15 @@ class Table:
         form = self.form(agent)
         turns = [part for part in parts if isinstance(part, Turn)]
 
-        def draft(shown: Sequence[Turn]) -> _Draft:
+        def draft(left_out: int) -> _Draft:
             places = iter(range(len(turns)))
             rendered = [
-                part if isinstance(part, str) else self._ids(part, form) if next(places) < len(shown) else _LEFT_OUT
+                part if isinstance(part, str) else _LEFT_OUT if next(places) < left_out else self._ids(part, form)
                 for part in parts
             ]
-            return _Draft(form.instruction(rendered), shown, len(turns) - len(shown))
+            return _Draft(form.instruction(rendered), turns[left_out:], left_out)
 
-        drafts = (draft(turns[:end]) for end in reversed(range(len(turns) + 1)))
+        drafts = map(draft, range(len(turns) + 1))
         return await self._ask(agent, drafts, role, round, sample, temperature)
 
     async def _ask(
