@@ -68,8 +68,7 @@ class ChatFormat:
         self.stop_ids = tuple(dict.fromkeys([self._end, tokenizer.eos_id, *end_ids]))
         self._think_end = self._end_of_thinking()
         self._folds = bool(system) and not self._knows_system()
-        texts = [self.PEERS, self.PEER, self.REVISE, self.ALONE, self.NAMED, self.LISTED, self.EARLIER, self.YOU_ARE]
-        texts += [self.SHARED, self.YOURS, self.YOU_AMONG]
+        texts = [self.PEERS, self.PEER, self.REVISE, self.ALONE]
         self.hash = stable_hash(["chat", template.hash, system, texts, self.stop_ids, tokenizer.hash])
 
     def question(self, question: Question) -> Prompt:

@@ -69,7 +69,8 @@ OWN_FIRST = Layout()
 class Format(Protocol):
     """How a model is asked and how it answers, in token ids.
 
-    `stop_ids` end a completion and belong to it; `hash` identifies everything that prompts and answers depend on.
+    `stop_ids` end a completion and belong to it. `hash` identifies everything that questions, answers and revisions in
+    the ordinary layout depend on; the words of other layouts are in their prompts, which a call's key covers.
     """
 
     tokenizer: Tokenizer
@@ -128,7 +129,6 @@ class PlainFormat:
         self.stop_ids: tuple[int, ...] = (tokenizer.eos_id,)
         self._beginning: Segment = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
         texts = [self.QUESTION, self.ANSWER, self.OWN, self.PEER, self.REVISE, self.RESPONSE]
-        texts += [self.NAMED, self.LISTED, self.EARLIER, self.I_AM, self.MINE]
         self.hash = stable_hash(["plain", texts, tokenizer.hash])
 
     def question(self, question: Question) -> Prompt:

@@ -37,12 +37,8 @@ class DylanConfig:
         check_counts(self, agents=1, rounds=1)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Who answered, by agent, and the share of its rating that each gave to those of the layer before."""
-
-    turns: dict[int, Turn]
-    ratings: dict[int, dict[int, float]]
+# By agent that answered in a layer: the shares of its rating that it gave to those of the layer before.
+Ratings = dict[int, dict[int, float]]
 
 
 async def dylan(question: Question, pool: Pool, config: DylanConfig) -> Result:
@@ -54,21 +50,20 @@ async def dylan(question: Question, pool: Pool, config: DylanConfig) -> Result:
     """
     table = Table(question, pool, "dylan", config.draw)
     active = list(range(config.agents))
-    layers: list[_Layer] = []
+    layers: list[Ratings] = []
+    last: list[Turn] = []
     stopped = "rounds"
     head = HEAD.format(question=question.prompt)
 
-    async def speak(agent: int, round: int, last: Sequence[Turn]) -> Turn:
+    async def speak(agent: int, round: int) -> Turn:
         if not last:
             return await table.pose(agent, role="solver", round=round)
         return await table.tell(agent, [head, *numbered(last), RATE], role="solver", round=round)
 
     for round in range(config.rounds):
-        last = list(layers[-1].turns.values()) if layers else []
-        turns = table.answered(await asyncio.gather(*(speak(agent, round, last) for agent in active)))
-        layers.append(
-            _Layer({turn.call.agent: turn for turn in turns}, {t.call.agent: _shares(t, last) for t in turns})
-        )
+        turns = table.answered(await asyncio.gather(*(speak(agent, round) for agent in active)))
+        layers.append({turn.call.agent: _shares(turn, last) for turn in turns})
+        last = turns
         if 3 * majority_vote([table.read(turn) for turn in turns])[1] > 2 * len(active):
             stopped = "consensus"
             break
@@ -77,7 +72,7 @@ async def dylan(question: Question, pool: Pool, config: DylanConfig) -> Result:
                 config.agents, [head, *numbered(turns), RANK], role="ranker", round=round, temperature=0.0
             )
             active = _best(table.said(ranker, _BEST), turns, _importance(layers))
-    return table.result(list(layers[-1].turns.values()), stopped, _importance(layers))
+    return table.result(last, stopped, _importance(layers))
 
 
 def _shares(turn: Turn, rated: Sequence[Turn]) -> dict[int, float]:
@@ -90,12 +85,12 @@ def _shares(turn: Turn, rated: Sequence[Turn]) -> dict[int, float]:
     return {each.call.agent: rating / sum(ratings) for each, rating in zip(rated, ratings, strict=True)}
 
 
-def _importance(layers: Sequence[_Layer]) -> dict[int, float]:
-    current = {agent: 1 / len(layers[-1].turns) for agent in layers[-1].turns}
+def _importance(layers: Sequence[Ratings]) -> dict[int, float]:
+    current = dict.fromkeys(layers[-1], 1 / len(layers[-1]))
     total = dict(current)
     for layer in reversed(layers[1:]):
         handed: dict[int, float] = {}
-        for agent, shares in layer.ratings.items():
+        for agent, shares in layer.items():
             for rated, share in shares.items():
                 handed[rated] = handed.get(rated, 0.0) + current[agent] * share
         for agent, amount in handed.items():
