@@ -7,6 +7,7 @@ in the run's trace store, under keys that say everything they depend on, so no s
 import asyncio
 import json
 import shutil
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
@@ -17,7 +18,7 @@ import numpy as np
 
 from agentark_jax.config import FITS, RunConfig, as_dict
 from agentark_jax.data.chat import make_format
-from agentark_jax.data.render import Format, PlainFormat, Prompt, completion_example
+from agentark_jax.data.render import OWN_FIRST, Format, Layout, PlainFormat, Prompt, completion_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.engines.local import LocalEngine
 from agentark_jax.errors import AgentArkError, UsageError
@@ -29,9 +30,12 @@ from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Caller, Draw
+from agentark_jax.protocols.config import DebateConfig
+from agentark_jax.protocols.debate import DEBATER, debate, longest_prompt
 from agentark_jax.protocols.debate import PROTOCOL as DEBATE
-from agentark_jax.protocols.debate import debate
+from agentark_jax.protocols.peers import PeerSource, another_question, noise, real
 from agentark_jax.protocols.single import answer
+from agentark_jax.protocols.table import Agent, Pool, Result
 from agentark_jax.records import Example, Question, Turn, stable_hash
 from agentark_jax.stages import Manifest, Run, Work
 from agentark_jax.tasks.task import Task, make_task
@@ -45,6 +49,8 @@ from agentark_jax.training.state import partition
 
 WARM_START, GREEDY, SAMPLED = "warm_start", "single_greedy", "single_sampled"
 STUDENT, CONTROL = "student", "control"
+
+Asked = dict[str, list[Turn]]
 
 
 @dataclass(frozen=True)
@@ -269,7 +275,12 @@ class Pipeline:
             "base",
             build_base,
             version=1,
-            config={"fit": settings.revision.fingerprint(), "revisions": settings.revisions, "seed": self.seed},
+            config={
+                "fit": settings.revision.fingerprint(),
+                "revisions": settings.revisions,
+                "seed": self.seed,
+                **({} if self._layout() == OWN_FIRST else {"layout": asdict(self._layout())}),
+            },
             inputs={"model": taught, "samples": sampled},
         )
 
@@ -277,7 +288,9 @@ class Pipeline:
         """Gold rationale after the model's own answers; which of them plays the agent's own part takes turns."""
         ids = [_completion_ids(turn) for turn in turns]
         own = index % len(ids)
-        prompt = form.revision(question, ids[own], ids[:own] + ids[own + 1 :])
+        others = [peer for peer in range(len(ids)) if peer != own]
+        layout = replace(self._layout(), agents=(own + 1, *(peer + 1 for peer in others)))
+        prompt = form.revision(question, ids[own], [ids[peer] for peer in others], layout=layout)
         return completion_example(
             prompt,
             form.response(question.rationale),
@@ -293,7 +306,7 @@ class Pipeline:
         settings = self.config.debate
 
         def build(work: Work) -> None:
-            turns = self._debate_all(work, "debate", self._load(base), questions, settings.rounds)
+            turns, _ = self._debate_all(work, "debate", self._load(base), questions, settings.rounds)
             labels = self._label(turns)
             (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
             work.counts["verdicts"] = {
@@ -313,7 +326,7 @@ class Pipeline:
             },
             inputs={"base": base, "questions": drawn},
         )
-        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
+        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage), role=DEBATER)
 
     def select(
         self, debated: Manifest, rows: Sequence[labelling.LabelledTurn]
@@ -398,15 +411,14 @@ class Pipeline:
             model: Manifest,
             asked: list[Question],
             config: Mapping[str, Any],
-            generate: Callable[[Work, Model], dict[str, list[Turn]]],
-            last: int,
+            generate: Callable[[Work, Model], tuple[Asked, Asked]],
         ) -> None:
-            """`last` of a question's turns vote on the answer."""
+            """`generate` gives each question's turns, and those of them that vote on the answer."""
 
             def build(work: Work) -> None:
-                turns = generate(work, self._load(model))
+                turns, voters = generate(work, self._load(model))
                 labels = self._label(turns)
-                predictions = [predict(turns[question.id], turns[question.id][-last:], labels) for question in asked]
+                predictions = [predict(turns[question.id], voters[question.id], labels) for question in asked]
                 save_predictions(work.directory / "predictions.jsonl", predictions)
                 (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
 
@@ -427,8 +439,8 @@ class Pipeline:
             evaluated[name] = Evaluated(name, stage, load_predictions(stage.directory / "predictions.jsonl"))
 
         def single(name: str, model: Manifest) -> None:
-            def generate(work: Work, loaded: Model) -> dict[str, list[Turn]]:
-                return self._ask(
+            def generate(work: Work, loaded: Model) -> tuple[Asked, Asked]:
+                turns = self._ask(
                     work,
                     f"evaluate {name}",
                     loaded,
@@ -436,11 +448,12 @@ class Pipeline:
                     lambda question, caller: answer(question, caller, greedy, protocol=GREEDY),
                     1,
                 )
+                return turns, turns
 
-            arm(name, model, questions, {"protocol": GREEDY}, generate, last=1)
+            arm(name, model, questions, {"protocol": GREEDY}, generate)
 
-        def vote(work: Work, loaded: Model) -> dict[str, list[Turn]]:
-            return self._ask(
+        def vote(work: Work, loaded: Model) -> tuple[Asked, Asked]:
+            turns = self._ask(
                 work,
                 "evaluate vote",
                 loaded,
@@ -450,22 +463,27 @@ class Pipeline:
                 ),
                 settings.vote_samples,
             )
+            return turns, turns
 
-        def argue(work: Work, loaded: Model) -> dict[str, list[Turn]]:
+        def argue(work: Work, loaded: Model) -> tuple[Asked, Asked]:
             return self._debate_all(work, "evaluate debate", loaded, few, settings.rounds)
 
-        temperature, agents = self.config.debate.temperature, self.config.debate.agents
         single("base", base)
-        several = {"protocol": SAMPLED, "samples": settings.vote_samples, "temperature": temperature}
-        arm("vote", base, few, several, vote, last=settings.vote_samples)
-        arguing = {"protocol": DEBATE, "agents": agents, "rounds": settings.rounds, "temperature": temperature}
-        arm("debate", base, few, arguing, argue, last=agents)
+        several = {"protocol": SAMPLED, "samples": settings.vote_samples, "temperature": sampled.temperature}
+        arm("vote", base, few, several, vote)
+        arguing = {"protocol": DEBATE, "debate": asdict(replace(self.config.debate, rounds=settings.rounds))}
+        arm("debate", base, few, arguing, argue)
         for name, student in students.items():
             single(name, student)
         keys = _keys(evaluated["debate"].manifest)
-        return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys)
+        return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys, role=DEBATER)
 
     # What stages share
+
+    def _layout(self) -> Layout:
+        """How later rounds show what was said; the warm start teaches what the debate then uses."""
+        settings = self.config.debate
+        return Layout(named=settings.named, shared_first=settings.layout == "shared_first")
 
     def _format(self, directory: Path) -> Format:
         return make_format(directory, self.config.prompt, embeddings=load_config(directory).vocab_size)
@@ -478,8 +496,14 @@ class Pipeline:
         gold = max(len(form.response(question.rationale)) for question in questions["warm_start"])
         answer_limit, peers = config.debate.max_tokens, max(config.debate.agents, config.warm_start.peers)
         shown = [[0] * answer_limit] * peers
-        together = max(_length(form.revision(question, shown[0], shown[1:])) for question in asked)
-        self._longest = together + answer_limit
+        together = max(
+            _length(form.revision(question, shown[0], shown[1:], layout=self._layout())) for question in asked
+        )
+        rounds = max(config.debate.rounds, config.evaluate.rounds)
+        settings = replace(config.debate, agents=peers, rounds=rounds)
+        positions = load_config(_model_directory(raw)).max_positions
+        longest = max(longest_prompt(question, form, settings) for question in asked)
+        self._longest = min(max(longest, together) + answer_limit, positions)
         needed = {
             "debate.max_tokens": (answer_limit, gold, "the longest gold rationale of the warm start"),
             "engine.context": (config.engine.context, self._longest, "the longest call of a debate"),
@@ -494,12 +518,14 @@ class Pipeline:
         ]
         if short:
             raise UsageError("; ".join(short) + ": raise to that.")
-        directory = _model_directory(raw)
-        positions = load_config(directory).max_positions
-        if self._longest > positions:
+        # What debates quote they leave out where it does not fit, and say so; the rest of a prompt must fit.
+        wordiest = max(asked, key=lambda question: _length(form.question(question)))
+        shortest = longest_prompt(wordiest, form, replace(settings, max_tokens=1)) + answer_limit
+        if shortest > positions:
             raise UsageError(
-                f"{directory / 'config.json'}: the model takes {positions} tokens, but a call can take "
-                f"{self._longest}: lower debate.max_tokens or debate.agents, or ask shorter questions."
+                f"{_model_directory(raw) / 'config.json'}: the model takes {positions} tokens, but a call of a debate, "
+                f"without what it quotes, can take {shortest}: lower debate.max_tokens or debate.agents, ask shorter "
+                "questions, or set debate.aggregation to majority."
             )
 
     def _check_fits(self, raw: Manifest) -> None:
@@ -573,7 +599,7 @@ class Pipeline:
         questions: Sequence[Question],
         ask: Callable[[Question, Caller], Awaitable[list[Turn]]],
         calls: int,
-    ) -> dict[str, list[Turn]]:
+    ) -> Asked:
         """Put questions to a model, all at once; the turns by question, in the order `ask` gives them."""
         # What the engine's settings change in the samples, the keys of the calls must say.
         version = "+".join([model.revision, *self.config.engine.fingerprint().values()])
@@ -609,13 +635,36 @@ class Pipeline:
 
     def _debate_all(
         self, work: Work, title: str, model: Model, questions: Sequence[Question], rounds: int
-    ) -> dict[str, list[Turn]]:
+    ) -> tuple[Asked, Asked]:
+        """Every question's debate: its turns, and those whose majority is its answer."""
         settings = replace(self.config.debate, rounds=rounds)
+        # What fits is decided by the model, not by the engine's settings, which change no result.
+        context = model.config.max_positions
+        results: dict[str, Result] = {}
 
-        async def one(question: Question, caller: Caller) -> list[Turn]:
-            return [turn for round in await debate(question, caller, settings) for turn in round]
+        def read(question: Question, text: str) -> str:
+            return self.task.grade(question, text).answer
 
-        return self._ask(work, title, model, questions, one, settings.agents * rounds)
+        def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:
+            async def one(question: Question, caller: Caller) -> list[Turn]:
+                pool = Pool((Agent(caller, context=context),), read)
+                results[question.id] = await debate(question, pool, settings, peers)
+                return list(results[question.id].turns)
+
+            return self._ask(work, title, model, questions, one, settings.agents * settings.rounds)
+
+        peers = real if settings.peers == "real" else noise(self.seed)
+        if settings.peers == "other":
+            # The first rounds alone; the debates then find them in the store.
+            first = replace(settings, rounds=1, aggregation="majority")
+            peers = another_question(_flatten(everyone(first, real)), self.seed)
+        turns = everyone(settings, peers)
+        notes = Counter(note.kind for result in results.values() for note in result.notes)
+        work.counts |= {
+            "stopped": dict(Counter(result.stopped for result in results.values())),
+            "notes": dict(notes),
+        }
+        return turns, {question_id: list(result.final) for question_id, result in results.items()}
 
     def _label(self, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
         """Grade turns and keep the labels."""

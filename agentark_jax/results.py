@@ -5,6 +5,7 @@ Wall-clock figures stand under `timing` only; the rest is the same however often
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from agentark_jax import config as configuration
@@ -12,11 +13,19 @@ from agentark_jax.config import RunConfig
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.predictions import Prediction
 from agentark_jax.pipeline import CONTROL, STUDENT, Outcome
+from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.records import Question, stable_hash
 from agentark_jax.stages import Manifest, git_revision, package_versions
 from agentark_jax.traces.labels import LabelledTurn, majorities
 
 SCHEMA = 1
+_DECIDES = {
+    "majority": "majority of the last round",
+    "weighted": "weighted vote of the last round",
+    "judge": "one answer of the last round picked by the base as a judge",
+    "summariser": "the last round summarised by the base",
+}
+_DEBATE_OPTIONS = ("topology", "peers", "named", "layout", "history", "early_stop")
 _TRAINED = {"warm_start_answers": "warm start: answers", "base": "warm start: revision"}
 
 
@@ -154,7 +163,10 @@ def _description(config: RunConfig, arm: str, outcome: Outcome) -> dict[str, str
         text = f"majority of {settings.vote_samples} independent samples of the base"
         return {"label": "vote of base", "description": text, "protocol": "vote", "model": "base", "questions": share}
     if arm == "debate":
-        text = f"{debate.agents} agents (the base), {settings.rounds} rounds, majority of the last round"
+        options = {key: value for key, value in asdict(debate).items() if value != getattr(DebateConfig(), key)}
+        unusual = [f"; {key} {options[key]}" for key in _DEBATE_OPTIONS if key in options]
+        text = f"{debate.agents} agents (the base), {settings.rounds} rounds, {_DECIDES[debate.aggregation]}"
+        text += "".join(unusual)
         return {
             "label": "debate of base",
             "description": text,

@@ -1,4 +1,6 @@
-"""An engine that answers from a script, for tests of control flow only."""
+"""Engines that answer from a script or at random, for tests of control flow only."""
+
+import asyncio
 
 import numpy as np
 
@@ -7,18 +9,45 @@ from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Completion
 
 
-class ScriptedEngine:
-    """Answers the text that `script(prompt text, sampling)` gives; `fail_on` calls raise (counted from 0)."""
+class Killed(Exception):
+    """What ends the process, as far as a protocol can tell."""
 
-    def __init__(self, form, script, fail_on=()):
-        self.model, self.weights = "scripted", "w0"
-        self.form, self.script, self.fail_on = form, script, set(fail_on)
+
+class ScriptedEngine:
+    """Answers the text that `script(prompt text, sampling)` gives, or a text with the log-probability of each token.
+
+    `fails` says whether the engine fails: of a prompt text and the call's number (from 0). `kill_at` is the call that
+    ends the run.
+    """
+
+    def __init__(self, form, script, fails=lambda prompt, call: False, kill_at=None, model="scripted"):
+        self.model, self.weights = model, "w0"
+        self.form, self.script, self.fails, self.kill_at = form, script, fails, kill_at
         self.prompts: list[str] = []
 
     async def generate(self, request: Request) -> Completion:
-        self.prompts.append(self.form.tokenizer.decode(request.prompt_ids.tolist()))
-        if len(self.prompts) - 1 in self.fail_on:
+        call, prompt = len(self.prompts), self.form.tokenizer.decode(request.prompt_ids.tolist())
+        self.prompts.append(prompt)
+        await asyncio.sleep(0)
+        if call == self.kill_at:
+            raise Killed
+        if self.fails(prompt, call):
             raise AgentArkError("the server went away")
-        text = self.script(self.prompts[-1], request.sampling)
+        said = self.script(prompt, request.sampling)
+        text, logprob = said if isinstance(said, tuple) else (said, -0.5)
         ids = np.asarray(self.form.response(text), np.int32)
+        return Completion(ids, np.full(len(ids), logprob, np.float32), text, "stop", len(request.prompt_ids), 0, 0.1)
+
+
+class BabblingEngine:
+    """Answers with random ordinary tokens that no text would encode to, as the request's seed says."""
+
+    def __init__(self, form):
+        self.model, self.weights, self.form = "babbling", "w0", form
+
+    async def generate(self, request: Request) -> Completion:
+        random = np.random.default_rng(request.sampling.seed)
+        ids = random.choice(self.form.tokenizer.ordinary_ids, random.integers(1, 12))
+        ids = np.asarray([*ids, self.form.stop_ids[-1]], np.int32)
+        text = self.form.tokenizer.decode(ids.tolist())
         return Completion(ids, np.full(len(ids), -0.5, np.float32), text, "stop", len(request.prompt_ids), 0, 0.1)

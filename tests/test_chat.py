@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agentark_jax.data.chat import ChatFormat, make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.packing import check_examples
-from agentark_jax.data.render import PlainFormat, completion_example, retokenised_example
+from agentark_jax.data.render import Layout, PlainFormat, completion_example, retokenised_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.records import Completion, Question
@@ -96,6 +96,50 @@ def test_a_revision_is_the_conversation_of_question_own_answer_and_peers(name, f
     messages = [user(QUESTION.prompt), assistant(GOLD), asked_again(form, peers)]
     assert flat(prompt) == applied(reference(name), messages, add_generation_prompt=True, enable_thinking=False)
     assert prompt[1::2] == tuple(ids[:-1] for ids in (own, *others))
+
+
+def test_a_later_revision_is_a_longer_conversation(name, family, reference):
+    form = make_format(family(name), PromptConfig())
+    texts = ["It is 1", "It is 2", "It is 3"]
+    *earlier, own = [form.response(text) for text in texts]
+    peers = [form.response("The answer is 12")]
+    prompt = form.revision(QUESTION, own, peers, earlier=earlier, layout=Layout((2, 5), named=True))
+    told = "You are agent 2. " + form.PEERS + form.NAMED.format(number=5, answer="The answer is 12") + form.REVISE
+    again = [asked_again(form, []), asked_again(form, []), user(told.format(question=QUESTION.prompt))]
+    messages = [user(QUESTION.prompt)]
+    for text, asked in zip(texts, again, strict=True):
+        messages += [assistant(text), asked]
+    assert flat(prompt) == applied(reference(name), messages, add_generation_prompt=True, enable_thinking=False)
+    assert prompt[1::2] == tuple(ids[:-1] for ids in (*earlier, own, *peers))
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("named", [False, True])
+def test_shared_first_is_one_message_with_what_is_ones_own_at_its_end(name, family, reference, named, system):
+    form = make_format(family(name), PromptConfig(system=system))
+    own, earlier, *peers = [form.response(f"It is {number}") for number in range(4)]
+    layout = Layout((2, 1, 7), named=named, shared_first=True)
+    prompt = form.revision(QUESTION, own, peers, earlier=[earlier], layout=layout)
+    titles = (
+        ["Agent 1's answer", "Agent 2's answer", "Agent 7's answer"] if named else ["Answer 1", "Answer 2", "Answer 3"]
+    )
+    text = f"{QUESTION.prompt}\n\nSeveral agents have answered this question, you among them."
+    for title, number in zip([*titles, "Your earlier answer"], (2, 0, 3, 1), strict=True):
+        text += f"\n\n{title}:\n```\nIt is {number}\n```"
+    text += "\n\nYou are agent 2." if named else "\n\nAnswer 2 is yours."
+    opening = [{"role": "system", "content": system}] if system else []
+    messages = [*opening, user(text + form.REVISE.format(question=QUESTION.prompt))]
+    assert flat(prompt) == applied(reference(name), messages, add_generation_prompt=True, enable_thinking=False)
+
+
+def test_an_instruction_quotes_sampled_ids(name, family, reference):
+    form = make_format(family(name), PromptConfig())
+    first, second = form.response("It is 1"), form.response("It is 2")
+    prompt = form.instruction(["Weigh these.\n", first, "\n\nAnd:\n", second])
+    messages = [user("Weigh these.\nIt is 1\n\nAnd:\nIt is 2")]
+    assert flat(prompt) == applied(reference(name), messages, add_generation_prompt=True, enable_thinking=False)
+    assert prompt[1::2] == (first[:-1], second[:-1])
+    assert form.instruction(["Why?"]) == form.question(Question.make("task", "debate", "Why?", "7"))
 
 
 def test_where_text_would_merge_with_an_answer_the_sampled_ids_stay(name, family, reference):

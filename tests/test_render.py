@@ -38,6 +38,16 @@ def test_a_revision_holds_every_answer_verbatim_without_its_end_token(form):
     )
 
 
+def test_an_instruction_quotes_sampled_ids(form):
+    said = form.response("mine")
+    prompt = form.instruction(["Weigh this:", said, "\n\nWell?"])
+    assert prompt[0][0] == form.tokenizer.bos_id
+    assert said[:-1] in prompt
+    assert form.tokenizer.decode([token for segment in prompt for token in segment]) == (
+        "Weigh this:\nmine\n\nWell?\nAnswer:"
+    )
+
+
 def test_ids_that_would_encode_differently_enter_unchanged(form):
     # Two tokens whose text the tokenizer would merge into one.
     pieces = (*form.tokenizer.encode("Answ"), *form.tokenizer.encode("er"))

@@ -169,6 +169,27 @@ def test_a_damaged_stage_is_named_and_nothing_is_lost(finished, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_options_of_a_debate_reach_the_run(tmp_path):
+    options = {"peers": "other", "layout": "shared_first", "named": "true", "early_stop": "consensus"}
+    options |= {"aggregation": "weighted"}
+    complete(tmp_path, *(part for key, value in options.items() for part in (f"--debate.{key}", value)))
+    run = tmp_path / "tiny"
+    manifest = json.loads((run / "debate" / "manifest.json").read_text())
+    assert {key: manifest["config"]["debate"][key] for key in options} == {**options, "named": True}
+    assert sum(manifest["counts"]["stopped"].values()) == 48
+    assert manifest["counts"]["notes"] == {}
+    store = sqlite3.connect(f"file:{run / 'traces.sqlite'}?mode=ro", uri=True)
+    questions = dict(store.execute("SELECT call_key, question_id FROM turns").fetchall())
+    seen = store.execute("SELECT question_id, parents FROM turns WHERE protocol = 'debate' AND round = 1").fetchall()
+    store.close()
+    assert seen
+    for question, parents in seen:
+        assert [questions[key] == question for key in json.loads(parents)] == [True, False, False]
+    described = json.loads((run / "results.json").read_text())["arms"]["debate"]["description"]
+    assert "peers other; named True; layout shared_first" in described
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_kills_at_random_moments_change_nothing(finished, tmp_path, seed):
     """SIGKILL again and again; the results are those of the undisturbed run and no turn is there twice."""

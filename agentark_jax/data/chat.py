@@ -1,11 +1,11 @@
 """Prompts in a model's own chat format: its template writes the text, sampled ids stand in it verbatim.
 
-A later round is a conversation: the question, the agent's own last answer as the assistant's message, then a message
-with the peers' last answers that asks again. The template is rendered with a mark in the place of every earlier
-completion; the text between marks is encoded piece by piece and the completions' ids go in between. A prompt without
-earlier completions is one piece, so its ids are those of the template applied whole. At a cut they are so by choice:
-where the tokenizer would have merged characters on both sides of it (a completion's last letter with the line break
-after it), the whole text encodes to other ids, but the model said the ones that stand here.
+A later round is a conversation: the question, the agent's own answers as the assistant's messages, each followed by a
+message that asks again; the last of these tells the peers' last answers. The template is rendered with a mark in the
+place of every earlier completion; the text between marks is encoded piece by piece and the completions' ids go in
+between. A prompt without earlier completions is one piece, so its ids are those of the template applied whole. At a cut
+they are so by choice: where the tokenizer would have merged characters on both sides of it (a completion's last letter
+with the line break after it), the whole text encodes to other ids, but the model said the ones that stand here.
 """
 
 import json
@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from agentark_jax.data.config import PromptConfig
-from agentark_jax.data.render import Format, PlainFormat, Prompt, Segment, without
+from agentark_jax.data.render import OWN_FIRST, Format, Layout, Part, PlainFormat, Prompt, Segment, without
 from agentark_jax.data.template import ChatTemplate, Message, find_template
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import UsageError
@@ -47,6 +47,13 @@ class ChatFormat:
         "again:\n{question}"
     )
     ALONE = "Check your answer step by step, correct what is wrong, and answer the question again:\n{question}"
+    NAMED = "\n\nAgent {number}'s answer:\n```\n{answer}\n```"
+    LISTED = "\n\nAnswer {number}:\n```\n{answer}\n```"
+    EARLIER = "\n\nYour earlier answer:\n```\n{answer}\n```"
+    YOU_ARE = "You are agent {number}. "
+    SHARED = "{question}\n\nSeveral agents have answered this question, you among them."
+    YOURS = "\n\nAnswer {number} is yours."
+    YOU_AMONG = "\n\nYou are agent {number}."
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, end_ids: Sequence[int] = (), system: str = ""):
         self.tokenizer = tokenizer
@@ -65,21 +72,56 @@ class ChatFormat:
         self.hash = stable_hash(["chat", template.hash, system, texts, self.stop_ids, tokenizer.hash])
 
     def question(self, question: Question) -> Prompt:
-        return (self.tokenizer.encode(self._template.render(self._asked(question), reply=True)),)
+        return self._spoken(self._asked(question.prompt), [])
 
-    def revision(self, question: Question, own: Sequence[int], peers: Sequence[Sequence[int]]) -> Prompt:
-        mark, *marks = (_MARK.format(index) for index in range(1 + len(peers)))
+    def revision(
+        self,
+        question: Question,
+        own: Sequence[int],
+        peers: Sequence[Sequence[int]],
+        *,
+        earlier: Sequence[Sequence[int]] = (),
+        layout: Layout = OWN_FIRST,
+    ) -> Prompt:
+        numbers = layout.numbers(1 + len(peers))
+        revise = self.REVISE.format(question=question.prompt)
+        if layout.shared_first and peers:
+            listed, mine = layout.listed([own, *peers])
+            title, whose = (self.NAMED, self.YOU_AMONG) if layout.named else (self.LISTED, self.YOURS)
+            told = [title.format(number=number, answer=_MARK.format(place)) for place, (number, _) in enumerate(listed)]
+            told += [self.EARLIER.format(answer=_MARK.format(len(listed) + place)) for place in range(len(earlier))]
+            told = [self.SHARED.format(question=question.prompt), *told, whose.format(number=mine), revise]
+            return self._spoken(self._asked("".join(told)), [*(ids for _, ids in listed), *earlier])
+        owns = [*earlier, own]
+        alone = self.ALONE.format(question=question.prompt)
+        messages = self._asked(question.prompt)
+        for place in range(len(owns)):
+            messages += [_assistant(_MARK.format(place)), _user(alone)]
         if peers:
-            told = "".join([self.PEERS, *(self.PEER.format(answer=each) for each in marks), self.REVISE])
-        else:
-            told = self.ALONE
-        again = _user(told.format(question=question.prompt))
-        text = self._template.render([*self._asked(question), _assistant(mark), again], reply=True)
-        segments: list[Segment] = []
-        for each, ids in zip([mark, *marks], [own, *peers], strict=True):
-            before, _, text = self._cut(text, each)
-            segments += [self.tokenizer.encode(before), self._shown(ids)]
-        return (*segments, self.tokenizer.encode(text))
+            title = self.NAMED if layout.named else self.PEER
+            told = [self.YOU_ARE.format(number=numbers[0]) if layout.named else "", self.PEERS]
+            told += [
+                title.format(number=number, answer=_MARK.format(len(owns) + place))
+                for place, number in enumerate(numbers[1:])
+            ]
+            messages[-1] = _user("".join([*told, revise]))
+        return self._spoken(messages, [*owns, *peers])
+
+    def instruction(self, parts: Sequence[Part]) -> Prompt:
+        said = [part for part in parts if not isinstance(part, str)]
+        marks = map(_MARK.format, range(len(said)))
+        text = "".join(part if isinstance(part, str) else next(marks) for part in parts)
+        return self._spoken(self._asked(text), said)
+
+    def shown(self, completion: Sequence[int]) -> Segment:
+        """As in `Format`: without its end and, where the template drops it, its thinking."""
+        ids = without(completion, self.stop_ids)
+        if self._think_end not in ids:
+            return ids
+        start = len(ids) - ids[::-1].index(self._think_end)
+        while start < len(ids) and self._is_line_break(ids[start]):
+            start += 1
+        return ids[start:]
 
     def response(self, text: str) -> Segment:
         """As in `Format`. The template may put something before the answer: Qwen3 an empty thought, if it may think.
@@ -98,10 +140,19 @@ class ChatFormat:
         ids = self.tokenizer.encode(answered.removeprefix(prompt))
         return ids[: len(ids) - ids[::-1].index(self._end)]
 
-    def _asked(self, question: Question) -> list[Message]:
+    def _asked(self, text: str) -> list[Message]:
         if self._folds:
-            return [_user(f"{self._system}\n\n{question.prompt}")]
-        return [*([_system(self._system)] if self._system else []), _user(question.prompt)]
+            return [_user(f"{self._system}\n\n{text}")]
+        return [*([_system(self._system)] if self._system else []), _user(text)]
+
+    def _spoken(self, messages: Sequence[Message], completions: Sequence[Sequence[int]]) -> Prompt:
+        """The prompt of a conversation in which marks, numbered from 0, stand for the completions."""
+        text = self._template.render(messages, reply=True)
+        segments: list[Segment] = []
+        for place, ids in enumerate(completions):
+            before, _, text = self._cut(text, _MARK.format(place))
+            segments += [self.tokenizer.encode(before), self.shown(ids)]
+        return (*segments, self.tokenizer.encode(text))
 
     def _cut(self, text: str, mark: str) -> tuple[str, str, str]:
         if text.count(mark) != 1:
@@ -110,16 +161,6 @@ class ChatFormat:
                 "set prompt.format to plain."
             )
         return text.partition(mark)
-
-    def _shown(self, completion: Sequence[int]) -> Segment:
-        """A completion as others see it: without its end and, where the template drops it, its thinking."""
-        ids = without(completion, self.stop_ids)
-        if self._think_end not in ids:
-            return ids
-        start = len(ids) - ids[::-1].index(self._think_end)
-        while start < len(ids) and self._is_line_break(ids[start]):
-            start += 1
-        return ids[start:]
 
     def _is_line_break(self, token: int) -> bool:
         text = self.tokenizer.decode([token])

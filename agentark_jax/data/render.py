@@ -8,7 +8,7 @@ is meant for base models without one:
     Answer:
     <completion><eos>
 
-and in later rounds, the agent's own answer first, then its peers' (AgentArk, appendix: own history, then peers'
+and in later rounds, the agent's own answers first, then its peers' (AgentArk, appendix: own history, then peers'
 last round):
 
     Question: ...
@@ -21,7 +21,7 @@ last round):
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,12 +32,45 @@ from agentark_jax.records import Completion, Example, Question, stable_hash
 
 Segment = tuple[int, ...]
 Prompt = tuple[Segment, ...]
+Part = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the prompt of a later round shows what was said.
+
+    Attributes:
+        agents: numbers (from 1) of the agent itself and of its peers, in the order in which their answers are given;
+            empty numbers them as they come.
+        named: answers stand under the numbers of their agents, and the agent is told its own.
+        shared_first: the last answers of all, the agent's own among them, stand in the order of their numbers before
+            anything that concerns this agent alone, so that agents who see the same answers share the prompt so far.
+            Otherwise the agent's own answers come first, as in the paper.
+    """
+
+    agents: tuple[int, ...] = ()
+    named: bool = False
+    shared_first: bool = False
+
+    def numbers(self, count: int) -> tuple[int, ...]:
+        return self.agents or tuple(range(1, count + 1))
+
+    def listed(self, answers: Sequence[Sequence[int]]) -> tuple[list[tuple[int, Sequence[int]]], int]:
+        """All answers in the order of their agents under the numbers that are shown, and the own one's number."""
+        numbers = self.numbers(len(answers))
+        order = sorted(range(len(answers)), key=numbers.__getitem__)
+        shown = [numbers[index] if self.named else place for place, index in enumerate(order, 1)]
+        return [(number, answers[index]) for number, index in zip(shown, order, strict=True)], shown[order.index(0)]
+
+
+OWN_FIRST = Layout()
 
 
 class Format(Protocol):
     """How a model is asked and how it answers, in token ids.
 
-    `stop_ids` end a completion and belong to it; `hash` identifies everything that prompts and answers depend on.
+    `stop_ids` end a completion and belong to it. `hash` identifies everything that questions, answers and revisions in
+    the ordinary layout depend on; the words of other layouts are in their prompts, which a call's key covers.
     """
 
     tokenizer: Tokenizer
@@ -48,8 +81,27 @@ class Format(Protocol):
         """The prompt of an agent that sees the question alone."""
         ...
 
-    def revision(self, question: Question, own: Sequence[int], peers: Sequence[Sequence[int]]) -> Prompt:
-        """The prompt of a later round: the agent's own last completion and its peers', as sampled ids."""
+    def revision(
+        self,
+        question: Question,
+        own: Sequence[int],
+        peers: Sequence[Sequence[int]],
+        *,
+        earlier: Sequence[Sequence[int]] = (),
+        layout: Layout = OWN_FIRST,
+    ) -> Prompt:
+        """The prompt of a later round: the agent's own last completion and its peers', as sampled ids.
+
+        `earlier` are the agent's own completions before the last, oldest first.
+        """
+        ...
+
+    def instruction(self, parts: Sequence[Part]) -> Prompt:
+        """A prompt in free words: our own text (first of all) and, as sampled ids, what agents said."""
+        ...
+
+    def shown(self, completion: Sequence[int]) -> Segment:
+        """What of a completion others get to see: all but its end token and whatever the model keeps to itself."""
         ...
 
     def response(self, text: str) -> Segment:
@@ -66,29 +118,60 @@ class PlainFormat:
     PEER = "\nAnother answer:"
     REVISE = "\nBetter answer:"
     RESPONSE = "\n{text}"
+    NAMED = "\nAgent {number}'s answer:"
+    LISTED = "\nAnswer {number}:"
+    EARLIER = "\nMy earlier answer:"
+    I_AM = "\nI am agent {number}."
+    MINE = "\nAnswer {number} is mine."
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.stop_ids: tuple[int, ...] = (tokenizer.eos_id,)
+        self._beginning: Segment = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
         texts = [self.QUESTION, self.ANSWER, self.OWN, self.PEER, self.REVISE, self.RESPONSE]
         self.hash = stable_hash(["plain", texts, tokenizer.hash])
 
     def question(self, question: Question) -> Prompt:
         return (self._head(question), self.tokenizer.encode(self.ANSWER))
 
-    def revision(self, question: Question, own: Sequence[int], peers: Sequence[Sequence[int]]) -> Prompt:
-        encode = self.tokenizer.encode
-        segments: list[Segment] = [self._head(question), encode(self.OWN), without(own, self.stop_ids)]
-        for peer in peers:
-            segments += [encode(self.PEER), without(peer, self.stop_ids)]
-        return (*segments, encode(self.REVISE))
+    def revision(
+        self,
+        question: Question,
+        own: Sequence[int],
+        peers: Sequence[Sequence[int]],
+        *,
+        earlier: Sequence[Sequence[int]] = (),
+        layout: Layout = OWN_FIRST,
+    ) -> Prompt:
+        numbers = layout.numbers(1 + len(peers))
+        if layout.shared_first and peers:
+            listed, mine = layout.listed([own, *peers])
+            title, whose = (self.NAMED, self.I_AM) if layout.named else (self.LISTED, self.MINE)
+            told = [(title.format(number=number), ids) for number, ids in listed]
+            told += [(self.EARLIER, ids) for ids in earlier]
+            last = whose.format(number=mine) + self.REVISE
+        else:
+            told = [("\n" + self.OWN, ids) for ids in (*earlier, own)]
+            title = self.NAMED if layout.named else self.PEER
+            told += [(title.format(number=number), ids) for number, ids in zip(numbers[1:], peers, strict=True)]
+            last = (self.I_AM.format(number=numbers[0]) if layout.named else "") + self.REVISE
+        segments = [self._head(question)]
+        for place, (title, ids) in enumerate(told):
+            segments += [self.tokenizer.encode(title if place else title.removeprefix("\n")), self.shown(ids)]
+        return (*segments, self.tokenizer.encode(last))
+
+    def instruction(self, parts: Sequence[Part]) -> Prompt:
+        first, *rest = [self.tokenizer.encode(part) if isinstance(part, str) else self.shown(part) for part in parts]
+        return (self._beginning + first, *rest, self.tokenizer.encode("\n" + self.ANSWER))
+
+    def shown(self, completion: Sequence[int]) -> Segment:
+        return without(completion, self.stop_ids)
 
     def response(self, text: str) -> Segment:
         return (*self.tokenizer.encode(self.RESPONSE.format(text=text)), self.tokenizer.eos_id)
 
     def _head(self, question: Question) -> Segment:
-        beginning = () if self.tokenizer.bos_id is None else (self.tokenizer.bos_id,)
-        return beginning + self.tokenizer.encode(self.QUESTION.format(question=question.prompt))
+        return self._beginning + self.tokenizer.encode(self.QUESTION.format(question=question.prompt))
 
 
 def without(ids: Sequence[int], dropped: Sequence[int]) -> Segment:

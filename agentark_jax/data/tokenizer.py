@@ -3,8 +3,10 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -66,7 +68,7 @@ class Tokenizer:
         return token_id
 
     def _compare(self, embeddings: int, directory: Path) -> None:
-        ordinary = max(set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added.keys(), default=0)
+        ordinary = int(self.ordinary_ids.max(initial=0))
         if ordinary >= embeddings:
             raise UsageError(
                 f"{directory / 'tokenizer.json'}: its ids reach {ordinary}, but {directory / 'config.json'} says "
@@ -83,6 +85,12 @@ class Tokenizer:
     def has(self, token_id: int) -> bool:
         """Whether the id is that of a token."""
         return self._tokenizer.id_to_token(token_id) is not None
+
+    @cached_property
+    def ordinary_ids(self) -> np.ndarray:
+        """The ids of all tokens but the added ones, ascending."""
+        ordinary = set(self._tokenizer.get_vocab(with_added_tokens=False).values()) - self._added.keys()
+        return np.asarray(sorted(ordinary), np.int32)
 
     def is_special(self, token_id: int) -> bool:
         """Whether the token is a control token, which `decode` leaves out."""

@@ -19,6 +19,17 @@ class Draw:
     max_tokens: int
 
 
+GREEDY, SAMPLED = Draw(0.0, 512), Draw(0.7, 512)
+
+
+class CallFailed(AgentArkError):
+    """The engine could not answer a call; `turn` is the failed attempt as it is recorded."""
+
+    def __init__(self, turn: Turn):
+        super().__init__(turn.error)
+        self.turn = turn
+
+
 class Caller:
     """Puts calls to one engine and keeps every turn in the store.
 
@@ -59,7 +70,7 @@ class Caller:
         """The answer to one call, from the store or from the engine.
 
         Raises:
-            AgentArkError: the engine failed; the failure is recorded as an attempt, and a later run tries again.
+            CallFailed: the engine failed; the failure is recorded as an attempt, and a later run tries again.
         """
         place = [self._seed, question.id, protocol, role, agent, round, sample]
         call = Call(
@@ -91,8 +102,9 @@ class Caller:
         try:
             completion = await self._engine.generate(Request(call.prompt_ids, call.sampling))
         except AgentArkError as error:
-            await self._writer.record(Turn(call, attempt, None, str(error)))
-            raise
+            failed = Turn(call, attempt, None, str(error))
+            await self._writer.record(failed)
+            raise CallFailed(failed) from error
         turn = Turn(call, attempt, completion)
         await self._writer.record(turn)
         self._tell(turn, generated=True)

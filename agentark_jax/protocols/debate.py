@@ -1,45 +1,80 @@
-"""Multi-agent debate (Du et al. 2023; AgentArk §3, phase 1).
+"""Multi-agent debate (Du et al. 2023, arXiv 2305.14325; AgentArk §3, phase 1, arXiv 2602.03955).
 
-All agents answer alone; in every later round each sees the question, its own last answer and its peers' last answers,
-and answers again. Updates are simultaneous: round k sees round k-1 only.
+All agents answer alone; in every later round each sees the question, its own answers so far and its peers' last
+answers, and answers again. Updates are simultaneous: round k sees what was said before it. An agent without peers
+(alone, or in topology none) checks its own answer. At most agents × rounds calls, and one for a judge or summariser.
 """
 
 import asyncio
 
-from agentark_jax.protocols.calls import Caller, Draw
+from agentark_jax.data.render import Format, Layout, Prompt
+from agentark_jax.protocols.aggregate import decide, instruction
+from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.config import DebateConfig
+from agentark_jax.protocols.peers import PeerSource, neighbours, real
+from agentark_jax.protocols.table import Pool, Result, Table
 from agentark_jax.records import Question, Turn
 
-PROTOCOL = "debate"
+PROTOCOL, DEBATER = "debate", "debater"
 
 
-async def debate(question: Question, caller: Caller, config: DebateConfig) -> list[list[Turn]]:
-    """Let the agents debate one question; the turns by round, then agent.
+async def debate(question: Question, pool: Pool, config: DebateConfig, peer_source: PeerSource = real) -> Result:
+    """Let the agents debate one question.
 
-    The number of rounds is no part of a call's identity: a longer debate continues a stored shorter one.
+    The number of rounds is no part of a call's identity: a longer debate continues a stored shorter one. An agent whose
+    call fails keeps its last answer in that round; one that has none yet is asked the question alone in the next.
     """
-    draw = Draw(config.temperature, config.max_tokens)
+    table = Table(question, pool, PROTOCOL, Draw(config.temperature, config.max_tokens))
+    said: list[list[Turn]] = [[] for _ in range(config.agents)]
 
-    async def first(agent: int) -> Turn:
-        prompt = caller.form.question(question)
-        return await caller.ask(question, prompt, draw, protocol=PROTOCOL, role="debater", agent=agent)
-
-    async def revise(agent: int, round: int, last: list[Turn]) -> Turn:
-        own = last[agent]
-        peers = [turn for turn in last if turn is not own]
-        prompt = caller.form.revision(question, _ids(own), [_ids(peer) for peer in peers])
-        parents = (own.key, *(peer.key for peer in peers))
-        return await caller.ask(
-            question, prompt, draw, protocol=PROTOCOL, role="debater", agent=agent, round=round, parents=parents
+    async def speak(agent: int, round: int) -> Turn:
+        own = said[agent]
+        if not own:
+            return await table.pose(agent, role=DEBATER, round=round)
+        heard = neighbours(config.topology, config.agents, agent)
+        seen = {peer: said[peer][-1] for peer in heard if said[peer]}
+        peers = await peer_source(question, agent, round, seen, table.form(agent))
+        return await table.revise(
+            agent,
+            own if config.history == "all" else own[-1:],
+            peers,
+            role=DEBATER,
+            round=round,
+            named=config.named,
+            shared_first=config.layout == "shared_first",
         )
 
-    rounds = [await asyncio.gather(*(first(agent) for agent in range(config.agents)))]
-    for round in range(1, config.rounds):
-        last = rounds[-1]
-        rounds.append(await asyncio.gather(*(revise(agent, round, last) for agent in range(config.agents))))
-    return rounds
+    before: list[str] = []
+    stopped = "rounds"
+    for round in range(config.rounds):
+        turns = await asyncio.gather(*(speak(agent, round) for agent in range(config.agents)))
+        if round == 0:
+            table.answered(turns)
+        for own, turn in zip(said, turns, strict=True):
+            if turn.error is None:
+                own.append(turn)
+        answers = [table.read(own[-1]) if own else "" for own in said]
+        if config.early_stop == "consensus" and all(answers) and len(set(answers)) == 1:
+            stopped = "consensus"
+        if config.early_stop == "stable" and all(answers) and answers == before:
+            stopped = "stable"
+        if stopped != "rounds":
+            break
+        before = answers
+    last = [own[-1] for own in said if own]
+    final = await decide(table, config.aggregation, last, agent=config.agents, round=round + 1)
+    return table.result(final, stopped)
 
 
-def _ids(turn: Turn) -> list[int]:
-    assert turn.completion is not None, "a protocol only sees turns that succeeded"
-    return turn.completion.ids.tolist()
+def longest_prompt(question: Question, form: Format, config: DebateConfig) -> int:
+    """Tokens of a debate's longest prompt on one question, if every answer takes `config.max_tokens`."""
+    said = [0] * config.max_tokens
+    prompts: list[Prompt] = [form.question(question)]
+    if config.rounds > 1:
+        earlier = [said] * (config.rounds - 2 if config.history == "all" else 0)
+        layout = Layout(named=config.named, shared_first=config.layout == "shared_first")
+        peers = [said] * (config.agents - 1)
+        prompts.append(form.revision(question, said, peers, earlier=earlier, layout=layout))
+    if config.aggregation in ("judge", "summariser"):
+        prompts.append(form.instruction(instruction(question, config.aggregation, [said] * config.agents)))
+    return max(sum(map(len, prompt)) for prompt in prompts)

@@ -1,0 +1,65 @@
+"""From several answers to one: votes, weighted votes, a judge who picks, a summariser who writes (0 or 1 calls)."""
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from agentark_jax.errors import UsageError
+from agentark_jax.protocols.config import Aggregation
+from agentark_jax.protocols.table import CLOSING, Table, numbered
+from agentark_jax.records import Question, Turn
+
+HEAD = "Several agents have answered a question.\n\nQuestion:\n{question}"
+PICK = '\n\nWhich answer is the best? Check the reasoning of each, then end with "The best is answer k", k its number.'
+SUMMARISE = "\n\nWeigh these answers, keep what is right, and write one final answer with its reasoning."
+T = TypeVar("T")
+
+
+async def decide(table: Table, how: Aggregation, voters: Sequence[Turn], *, agent: int, round: int) -> list[Turn]:
+    """The turns whose majority is the final answer.
+
+    Args:
+        voters: the answers to choose among.
+        agent, round: the place of the further call that a judge or a summariser takes.
+
+    A judge who names no answer, or any whose call failed, leaves it to the majority; ties go to the first.
+    """
+    if how == "weighted":
+        return _heaviest(table, voters)
+    if how == "majority":
+        return list(voters)
+    parts = instruction(table.question, how, voters)
+    turn = await table.tell(agent, parts, role=how, round=round, temperature=0.0)
+    if turn.completion is None:
+        return list(voters)
+    if how == "summariser":
+        return [turn]
+    numbers = "|".join(str(number) for number in range(1, len(voters) + 1))
+    picked = table.said(turn, re.compile(rf"best is answer ({numbers})\b", re.I))
+    return list(voters) if picked is None else [voters[int(picked) - 1]]
+
+
+def instruction(question: Question, how: Aggregation, answers: Sequence[T]) -> list[str | T]:
+    """What a judge or a summariser is told."""
+    closing = PICK if how == "judge" else SUMMARISE + CLOSING
+    return [HEAD.format(question=question.prompt), *numbered(answers), closing]
+
+
+def _heaviest(table: Table, voters: Sequence[Turn]) -> list[Turn]:
+    """The voters for the answer with the largest sum of exp(mean log-probability of a token)."""
+    weights: dict[str, float] = defaultdict(float)
+    for turn in voters:
+        if table.read(turn) and turn.completion is not None:
+            if not np.isfinite(turn.completion.logprobs).all() or len(turn.completion.logprobs) == 0:
+                raise UsageError(
+                    f"debate.aggregation is weighted, which needs log-probabilities, and {turn.call.model} gives none: "
+                    "choose majority."
+                )
+            weights[table.read(turn)] += float(np.exp(turn.completion.logprobs.mean()))
+    if not weights:
+        return list(voters)
+    heaviest = max(weights, key=weights.__getitem__)
+    return [turn for turn in voters if table.read(turn) == heaviest]
