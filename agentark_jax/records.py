@@ -63,6 +63,7 @@ class Sampling:
     stop_ids: tuple[int, ...]
     seed: int
     top_p: float = 1.0
+    regex: str | None = None
 
 
 @dataclass(frozen=True)
