@@ -27,13 +27,14 @@ from jax.sharding import AbstractMesh
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import lora
-from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.attention import AttentionPlan
+from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flops
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.chunked import CHUNK_BYTES
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.mesh import check_mesh, make_mesh, param_shardings
+from agentark_jax.training.mesh import check_mesh, fit_attention, make_mesh, param_shardings
 from agentark_jax.training.state import FlatParams, abstract_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 
@@ -51,8 +52,8 @@ _TPUS: Mapping[str, tuple[str, int, float, Mapping[int, str]]] = {
     "v6e": ("v6e", 1, 31.25, _FLAT),
 }
 _GPU_MODEL = (
-    "a model of the activations, no compiler: gradients, what remat keeps, one repetition of the layers with dense "
-    "attention, its gathered weights, the gathered head, chunks of logits"
+    "a model of the activations, no compiler: gradients, what remat keeps, one repetition of the layers (with all "
+    "scores where xla computes attention), its gathered weights, the gathered head, chunks of logits"
 )
 _GPU_SHARE = 0.9  # the rest is left to the driver, collectives and fragmentation
 
@@ -124,6 +125,7 @@ class Report:
     parameter_bytes: int
     optimizer_bytes: int
     flops: Flops
+    attention: str
     step: StepMemory
 
     @property
@@ -179,6 +181,7 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
             train_head=head in trainable,
             train_layers=fit.lora is None,
         ),
+        attention=fit_attention(fit, model, where.platform)[1],
         step=step,
     )
 
@@ -196,8 +199,10 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     """Bytes on one device beyond the state, where no compiler tells; `trainable_bytes` are its trained parameters.
 
     Gradients (twice with accumulation), the weights of one repetition of the layer pattern gathered in the compute
-    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one repetition with dense fp32
-    attention scores and their gradients, the head gathered with its fp32 gradient, and three chunks of logits.
+    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one repetition (with fp32
+    attention scores and their gradients in layers that no kernel computes, and with a kernel's result, two numbers per
+    query and its keys and values repeated for the query groups in the others), the head gathered with its fp32
+    gradient, and three chunks of logits.
     """
     width = jnp.dtype(fit.compute_dtype).itemsize
     tensor = sizes["tensor"]
@@ -206,12 +211,20 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     heads, inner, hidden = model.num_heads / tensor, model.intermediate_size / tensor, model.hidden_size
     queries, keys = heads * model.head_dim, kv_heads * model.head_dim
     products = width * (queries + 2 * keys + 2 * inner + 2 * hidden)  # per token, as all below
-    scores = heads * fit.row_length * (4 + 4 + width)
-    whole = products + width * (2 * queries + keys + inner + 4 * hidden) + scores
-    kept = {"none": whole, "products": products, "outputs": 2 * width * hidden, "full": 0}[fit.remat]
+    result = width * queries + 2 * 4 * heads  # of a kernel
+    plan, _ = fit_attention(fit, model, "gpu")
+    dense = [plan.backend(kind) == "xla" for kind in model.layer_types]
+    scores = [heads * fit.row_length * (4 + 4 + width) if each else result + width * queries for each in dense]
+    whole = [products + width * (2 * queries + keys + inner + 4 * hidden) + each for each in scores]
+    by_remat: dict[Remat, float] = {
+        "none": sum(whole),
+        "products": model.num_layers * products + dense.count(False) * result,
+        "outputs": model.num_layers * 2 * width * hidden,
+        "full": 0,
+    }
     repetitions = model.num_periods + (model.num_layers % model.period > 0)
-    saved = tokens * (model.num_layers * kept + repetitions * width * hidden)
-    working = tokens * ((0 if fit.remat == "none" else model.period * whole) + scores)
+    saved = tokens * (by_remat[fit.remat] + repetitions * width * hidden)
+    working = tokens * ((0 if fit.remat == "none" else sum(whole[: model.period])) + max(scores))
     gradients = trainable_bytes * (2 if fit.accumulation > 1 else 1)
     weights = matmul_params(model) / model.num_layers * model.period / tensor * (width + 4)
     head = head_params(model) / tensor * (width + 4) + 3 * CHUNK_BYTES + 2 * tokens * hidden * width
@@ -252,23 +265,8 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
 
 def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[str, Any]:
     """`compiled_memory` within its process: {total, over, compiler}."""
-    if where.platform == "tpu":
-        described = topologies.get_topology_desc(where.arrangement, platform="tpu")
-        devices, compiler = described.devices, "the TPU compiler"
-    else:
-        devices, compiler = jax.devices(), "the CPU compiler"
-    mesh = make_mesh(fit.mesh, devices)
-    model, trainable, frozen = _divided(model, fit)
-    optimizer = make_optimizer(fit, _STEPS)
-    shardings = state_shardings(mesh, optimizer, trainable)
-    rows = (fit.rows, fit.row_length)
-    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=row_sharding(mesh))
-    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
-    batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
-    step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings)
-    lowered = step.lower(  # type: ignore[attr-defined]  # a jitted function
-        abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
-    )
+    compiler = f"the {where.platform.upper()} compiler"
+    lowered = lower_step(model, fit, where, fit_attention(fit, model, where.platform)[0])
     try:
         found = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -278,6 +276,7 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
         # Whatever else the message lists, what the program asks for is the largest.
         total = max(float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures)
         return {"total": int(total), "over": True, "compiler": compiler}
+    assert found is not None, "compilers of all platforms tell"
     total = (
         found.argument_size_in_bytes
         + found.output_size_in_bytes
@@ -286,6 +285,26 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
         + found.generated_code_size_in_bytes
     )
     return {"total": total, "over": False, "compiler": compiler}
+
+
+def lower_step(model: ModelConfig, fit: FitConfig, where: Topology, attention: AttentionPlan) -> jax.stages.Lowered:
+    """The step of a fit for the devices of a topology, of which none need be there."""
+    if where.platform == "tpu":
+        devices = topologies.get_topology_desc(where.arrangement, platform="tpu").devices
+    else:
+        devices = jax.devices()
+    mesh = make_mesh(fit.mesh, devices)
+    model, trainable, frozen = _divided(model, fit)
+    optimizer = make_optimizer(fit, _STEPS)
+    shardings = state_shardings(mesh, optimizer, trainable)
+    rows = (fit.rows, fit.row_length)
+    ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=row_sharding(mesh))
+    weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
+    batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
+    step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings, attention)
+    return step.lower(  # type: ignore[attr-defined]  # a jitted function
+        abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
+    )
 
 
 def table(report: Report) -> str:
@@ -303,6 +322,7 @@ def table(report: Report) -> str:
         "step": f"{fit.rows} rows × {fit.row_length} tokens{micro}, {fit.compute_dtype}, remat {fit.remat}",
         "parameters": f"{report.parameters:,}, {trained}",
         "work per token": f"{_giga(sum(per_token.values()))} ({parts}; a full row, every token with loss)",
+        "attention": report.attention,
         "state per device": f"{_gib(report.state_bytes)} (parameters {_gib(report.parameter_bytes)}, optimizer "
         f"{_gib(report.optimizer_bytes)}), {_gib(report.state_bytes * devices)} on all",
         "step per device": f"{_gib(step.total)}, of which {_gib(step.total - report.state_bytes)} beyond the state; "

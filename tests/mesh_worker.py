@@ -1,4 +1,4 @@
-"""What test_mesh.py runs in processes of their own: `python mesh_worker.py eight|two directory`.
+"""What test_mesh.py and test_attention.py run elsewhere: `python mesh_worker.py eight|two|attention directory`.
 
 Results are written as npz and JSON below the directory; nothing is asserted here.
 """
@@ -21,8 +21,9 @@ from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
 from agentark_jax.errors import AgentArkError
+from agentark_jax.models.attention import XLA, AttentionPlan, whole_sequences
 from agentark_jax.models.config import Lora, load_config
-from agentark_jax.models.sharding import on_mesh, parameter_sharding, row_sharding
+from agentark_jax.models.sharding import on_mesh, parameter_sharding, replicated, row_sharding
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
 from agentark_jax.models.weights import save_pretrained
@@ -48,7 +49,7 @@ INTERRUPTED_AT = 5
 LORA = Lora(2, 4.0)
 
 
-def three_steps(model, shape, **changes):
+def three_steps(model, shape, attention=XLA, **changes):
     """{name: array} after steps: losses, the gradients' first moments after one step, parameters after three."""
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
     config = replace(CONFIG, rows=16, **changes)
@@ -56,7 +57,7 @@ def three_steps(model, shape, **changes):
     optimizer = make_optimizer(config, 10)
     shardings = state_shardings(mesh, optimizer, trainable)
     state = initial_state(mesh, optimizer, trainable)
-    step = make_step(config, model, t.COEFFICIENTS, 10, shardings)
+    step = make_step(config, model, t.COEFFICIENTS, 10, shardings, attention)
     found = {}
     data = loader.packed_batches(EXAMPLES, seed=0, epochs=3, rows=16, row_length=24)
     for number, batch in enumerate(data.iterate(0, 3, local_rows(mesh, 16))):
@@ -68,6 +69,35 @@ def three_steps(model, shape, **changes):
             found |= {f"moment {path}": np.asarray(leaf) for path, leaf in moments.items()}
     assert step._cache_size() == 1
     return found | {f"param {path}": np.asarray(leaf) for path, leaf in state.params.items()}
+
+
+def attend(plan, shape, kv_heads):
+    """{name: array} of what six query heads make of packed rows on a mesh, and the gradients of all that goes in."""
+    model, length = replace(t.MIXED, num_heads=6, num_kv_heads=kv_heads), 32
+    rng = np.random.default_rng(0)
+    segment_ids = np.repeat(rng.integers(0, 3, (4, 4)), 8, axis=1)
+    shapes = {"query": (4, length, 6, 8), "key": (4, kv_heads, length, 8), "value": (4, kv_heads, length, 8)}
+    arrays = {name: rng.normal(size=size).astype(np.float32) for name, size in shapes.items()}
+    direction = rng.normal(size=shapes["query"])
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+
+    def loss(arrays, segment_ids):
+        with on_mesh(mesh):
+            kernel = whole_sequences(model, length, segment_ids, plan)["full_attention"]
+            mixed = kernel(arrays["query"], arrays["key"], arrays["value"], 0.3, None)
+        return (mixed * direction).sum(), mixed
+
+    gradients, mixed = jax.jit(jax.grad(loss, has_aux=True))(*jax.device_put((arrays, segment_ids), replicated(mesh)))
+    return {"mixed": np.asarray(mixed), **{name: np.asarray(leaf) for name, leaf in gradients.items()}}
+
+
+def attention(directory):
+    plan = AttentionPlan("pallas", "xla", interpret=True)
+    for kv_heads in (2, 3):
+        np.savez(directory / f"kernel_{kv_heads}.npz", **attend(plan, (2, 2, 2), kv_heads))
+    model = replace(TIED, layer_types=("sliding_attention", "full_attention"))
+    np.savez(directory / "steps_one.npz", **three_steps(model, (1, 1, 1)))
+    np.savez(directory / "steps.npz", **three_steps(model, (2, 2, 2), plan, accumulation=2))
 
 
 def state_bytes():
@@ -224,4 +254,4 @@ def two(directory):
 
 
 if __name__ == "__main__":
-    {"eight": eight, "two": two}[sys.argv[1]](Path(sys.argv[2]))
+    {"eight": eight, "two": two, "attention": attention}[sys.argv[1]](Path(sys.argv[2]))

@@ -120,7 +120,8 @@ def test_a_completion_depends_on_its_request_alone():
         assert one.logprobs.tobytes() == other.logprobs.tobytes()
 
 
-def test_samples_of_one_prompt_differ_by_seed_and_share_the_prefill():
+def test_samples_of_one_prompt_differ_by_seed_and_share_the_prefill(caplog):
+    caplog.set_level("INFO", "agentark_jax")
     base = requests(1)[0]
     asked = [Request(base.prompt_ids, Sampling(1.0, 20, (EOS,), seed)) for seed in (1, 2, 1 + 2**32)]
     engine = make_engine()
@@ -128,6 +129,9 @@ def test_samples_of_one_prompt_differ_by_seed_and_share_the_prefill():
     assert len(set(texts)) == 3
     assert engine.prefilled_tokens == len(base.prompt_ids) - 1
     assert engine.sampled_tokens == sum(map(len, texts))
+    said = [line for line in caplog.messages if line.startswith("attention")]  # once for each bucket that is used
+    assert len(said) == 1
+    assert said[0].startswith("attention of prefills: xla (there is no kernel for this platform); on cpu, rows of ")
 
 
 def test_completions_end_at_a_stop_id_or_at_the_limit():

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import transformer
+from agentark_jax.models.attention import dense
 from agentark_jax.models.config import ModelConfig, Remat, Rope, load_config
 from agentark_jax.models.layers import Block, rotation_table
 from agentark_jax.models.weights import load_params, save_pretrained, weights_fingerprint
@@ -226,7 +227,7 @@ def test_attention_softcap() -> None:
         x, rotation_table(config, np.arange(5)[None], jnp.float32)["full_attention"]
     )
     mask = np.tril(np.ones((1, 5, 5), bool))
-    ours = block.attention.attend(query, key, value, mask)
+    ours = block.attention.mix(functools.partial(dense, mask=mask), query, key, value)
     scores = np.einsum("td,sd->ts", query[0, :, 0], key[0, 0]) * config.query_scale
     assert np.abs(scores).max() > 1
     weights = np.exp(0.7 * np.tanh(scores / 0.7)) * mask[0]

@@ -98,6 +98,22 @@ def test_the_model_of_activations_follows_what_a_fit_sets() -> None:
     assert beyond(rows=16) < beyond()
 
 
+def test_the_model_of_activations_has_scores_only_where_no_kernel_computes_attention() -> None:
+    def beyond(model: ModelConfig, rows: int, row_length: int, **fit: object) -> int:
+        found = report("1xH100-80GB", model, rows=rows, row_length=row_length, compute_dtype="bfloat16", **fit)
+        return found.step.total - found.state_bytes
+
+    qwen = describe(ModelSourceConfig("Qwen/Qwen3-0.6B"))
+    assert beyond(qwen, 64, 1024) == beyond(qwen, 16, 4096)  # equally many tokens
+    capped = replace(qwen, attention_softcap=50.0)  # which the kernel has not
+    scores = 16 * 2**16 * (4096 - 1024) * (4 + 4 + 2)
+    assert beyond(capped, 16, 4096) - beyond(capped, 64, 1024) == 2 * scores  # while computed and while differentiated
+    gemma = describe(ModelSourceConfig("google/gemma-3-270m"))
+    assert "pallas in full_attention layers, xla (pallas has no sliding windows" in preflight.table(
+        report("1xH100-80GB", gemma, row_length=1024)
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "devices", "accelerator"),
     [
@@ -151,6 +167,7 @@ def test_the_table_of_a_recipe_that_fits(capsys: pytest.CaptureFixture[str]) -> 
         "16 rows × 2048 tokens, bfloat16, remat full",
         "8,190,735,360, all trained",
         "GFLOP (trunk",
+        "attention         pallas; on gpu, packed rows of 2048 in bfloat16",
         "11.45 GiB (parameters 3.82 GiB, optimizer 7.63 GiB), 91.5",
         "a model of the activations",
         "verdict           fits, with",

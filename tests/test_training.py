@@ -517,7 +517,8 @@ def test_retention_keeps_the_newest_the_best_and_every_so_many(params, tmp_path)
     assert (resumed.history, resumed.validation_history) == (result.history, result.validation_history)
 
 
-def test_metrics_time_and_profile(params, tmp_path):
+def test_metrics_time_and_profile(params, tmp_path, caplog):
+    caplog.set_level("INFO", "agentark_jax")
     run_fit(tmp_path, params, replace(CONFIG, steps=3, profile_steps=[2, 3]))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -527,6 +528,8 @@ def test_metrics_time_and_profile(params, tmp_path):
         assert timing["tokens_per_second"] == pytest.approx(line["tokens"] / timing["step_seconds"])
         assert "mfu" not in timing  # no CPU is in the table of peaks
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
+    said = [line for line in caplog.messages if line.startswith("attention")]
+    assert said == ["attention: xla (there is no kernel for this platform); on cpu, packed rows of 24 in float32"]
 
     clock = StepClock(peak_flops=1e12)
     for _ in clock.waiting(iter([0.02, 0.02])):

@@ -8,6 +8,7 @@ same tokens.
 """
 
 import asyncio
+import logging
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -25,8 +26,11 @@ from agentark_jax.engines.config import EngineConfig
 from agentark_jax.engines.sampling import sample, uniform_at
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models import transformer
+from agentark_jax.models.attention import AttentionPlan, choose_attention, kernel_platform
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.records import Completion, ids_hash
+
+logger = logging.getLogger(__name__)
 
 _STOP_IDS = 4
 # Positions of one prefill: as many prompts of a bucket as fit, so that its matrix products are large.
@@ -102,6 +106,7 @@ class LocalEngine:
         self._running: dict[int, _Running] = {}
         self._waiting: deque[tuple[Request, asyncio.Future[Completion]]] = deque()
         self._prefills: deque[_Prefill] = deque(maxlen=_REMEMBERED_PREFILLS)
+        self._attention: dict[int, AttentionPlan] = {}
         self._driver: asyncio.Task[None] | None = None
         self.sampled_tokens = 0
         self.prefilled_tokens = 0
@@ -204,8 +209,20 @@ class LocalEngine:
             ids[row, : len(each)] = each
             lengths[row] = len(each)
             self.prefilled_tokens += len(each)
-        kv = _prefill(self._model_config, self._params, ids, lengths)
+        kv = _prefill(self._model_config, self._attends(bucket), self._params, ids, lengths)
         return _Prefill(kv, {key: row for row, key in enumerate(bodies)})
+
+    def _attends(self, bucket: int) -> AttentionPlan:
+        """What computes attention in prefills of this bucket; logged when it is decided."""
+        if bucket not in self._attention:
+            embedding = jnp.asarray(self._params["embedding"])
+            devices = list(embedding.devices())
+            platform = kernel_platform(devices[0]) if len(devices) == 1 else f"{len(devices)} devices without a mesh"
+            self._attention[bucket], why = choose_attention(
+                platform, self._model_config, packed=False, length=bucket, dtype=embedding.dtype
+            )
+            logger.info("attention of prefills: %s", why)
+        return self._attention[bucket]
 
     def _held(self, key: str) -> "_Prefill | None":
         return next((prefill for prefill in self._prefills if key in prefill.rows), None)
@@ -291,11 +308,15 @@ def _occupy(slots: Slots, slot: Int[Array, ""], *values: Any) -> Slots:
     return Slots(*(field.at[slot].set(value) for field, value in zip(slots, values, strict=True)))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
-    config: ModelConfig, params: transformer.Params, ids: Int[Array, "R T"], lengths: Int[Array, " R"]
+    config: ModelConfig,
+    attention: AttentionPlan,
+    params: transformer.Params,
+    ids: Int[Array, "R T"],
+    lengths: Int[Array, " R"],
 ) -> transformer.Cache:
-    return transformer.prefill(config, params, ids, lengths)[1]
+    return transformer.prefill(config, params, ids, lengths, attention)[1]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from agentark_jax.errors import UsageError
 
 LayerType = Literal["full_attention", "sliding_attention"]
-# What the backward pass recomputes: nothing; all but the products with weights; all but the outputs of attention and
-# MLPs; all but the layers' inputs. Each keeps less than the one before.
+# What the backward pass recomputes: nothing; all but the products with weights and what attention kernels return; all but
+# the outputs of attention and MLPs; all but the layers' inputs. Each keeps less than the one before.
 Remat = Literal["none", "products", "outputs", "full"]
 Activation = Literal["silu", "gelu_tanh"]
 

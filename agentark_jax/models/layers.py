@@ -1,4 +1,4 @@
-"""The parts of the decoder: norm, attention, gated MLP, block, rotary positions, masks.
+"""The parts of the decoder: norm, attention, gated MLP, block, rotary positions.
 
 `Block` is the same code in training, prefill and decoding. Norms and softmax are computed in float32, everything else
 in the parameters' dtype. Matrices are stored as [out, in], as in Hugging Face files: with the contracted axis last,
@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from agentark_jax.models.attention import Attend
 from agentark_jax.models.config import LayerType, Lora, ModelConfig, Rope
 from agentark_jax.models.sharding import activation, lookup
 
 Rotation = tuple[jax.Array, jax.Array]
-
-# Finite, so that a row without any allowed key gives a uniform distribution and not NaN.
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
 
 def normal_param(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float) -> nnx.Param:
@@ -79,7 +77,7 @@ def _linear(x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Arra
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; keys and values are never repeated for the query groups."""
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, stack: tuple[int, ...]) -> None:
         size, heads, kv_heads, head_dim = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
@@ -118,27 +116,16 @@ class Attention(nnx.Module):
         query, key, value = rotate(query, rotation), rotate(key, rotation).swapaxes(1, 2), value.swapaxes(1, 2)
         return activation(query, "query"), activation(key, "key"), activation(value, "value")
 
-    def attend(
+    def mix(
         self,
+        attend: Attend,
         query: Float[Array, "B T N H"],
         key: Float[Array, "B K S H"],
         value: Float[Array, "B K S H"],
-        mask: Bool[Array, "#B T S"],
     ) -> Float[Array, "B T D"]:
-        batch, length, _, head_dim = query.shape
-        kv_heads, span = key.shape[1], key.shape[2]
-        # The queries of a group share their keys, so they are rows of one matrix product. The products keep their
-        # natural axis order: fused with a transposition, XLA's CPU backend runs them several times slower.
-        rows = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-        rows = rows.reshape(batch, kv_heads, -1, head_dim).astype(key.dtype)  # a cache may be in another
-        scores = jnp.einsum("bkmh,bksh->bkms", rows, key, preferred_element_type=jnp.float32) * self.scale
-        if self.softcap is not None:
-            scores = self.softcap * jnp.tanh(scores / self.softcap)
-        scores = scores.reshape(batch, kv_heads, -1, length, span)
-        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
-        weights = weights.reshape(batch, kv_heads, -1, span)
-        mixed = jnp.einsum("bkms,bksh->bkmh", weights, value, preferred_element_type=query.dtype)
-        mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4).reshape(batch, length, -1)
+        """What `attend` makes of queries, keys and values, projected."""
+        mixed = attend(query, key, value, self.scale, self.softcap)
+        mixed = mixed.reshape(*mixed.shape[:2], -1)
         out = _project(self, "output", mixed)
         return activation(out + self.output_bias[...] if self.out_bias else out, "attention")
 
@@ -185,7 +172,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         rotations: Mapping[LayerType, Rotation],
-        masks: Mapping[LayerType, jax.Array],
+        attends: Mapping[LayerType, Attend],
         cache: dict[str, jax.Array] | None = None,
         positions: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], dict[str, jax.Array]]:
@@ -199,7 +186,7 @@ class Block(nnx.Module):
             rows, places = jnp.arange(x.shape[0]), positions % cache["k"].shape[2]
             key = cache["k"].at[rows, :, places].set(key[:, :, 0].astype(cache["k"].dtype))
             value = cache["v"].at[rows, :, places].set(value[:, :, 0].astype(cache["v"].dtype))
-        mixed = self.attention.attend(query, key, value, masks[self.layer_type])
+        mixed = self.attention.mix(attends[self.layer_type], query, key, value)
         x = x + (self.post_attention_norm(mixed) if self.sandwich else mixed)
         fed = self.mlp(self.mlp_norm(x))
         x = x + (self.post_mlp_norm(fed) if self.sandwich else fed)
@@ -241,28 +228,6 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     between = (1 - kept) * frequency / np.float32(rope.factor) + kept * frequency
     long_or_between = np.where(wavelength > length / low, scaled, between)
     return np.where(wavelength < length / high, frequency, long_or_between)
-
-
-def causal_masks(
-    config: ModelConfig, length: int, segment_ids: Int[Array, "B T"] | None
-) -> dict[LayerType, Bool[Array, "#B T T"]]:
-    """What each position may attend to, per layer type: not after it, in its window, in its segment.
-
-    Distances are counted in row indices, which within a segment equal differences of positions.
-    """
-    index = jnp.arange(length)
-    distance = index[:, None] - index[None, :]
-    masks: dict[LayerType, jax.Array] = {}
-    for layer_type in sorted(set(config.layer_types)):
-        mask = distance >= 0
-        window = config.window(layer_type)
-        if window is not None:
-            mask &= distance < window
-        mask = mask[None]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        masks[layer_type] = mask
-    return masks
 
 
 def embed(config: ModelConfig, embedding: Float[Array, "V D"], ids: Int[Array, "*B"]) -> Float[Array, "*B D"]:

@@ -24,12 +24,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from agentark_jax.models.attention import XLA, AttentionPlan, dense, keep_kernel_results, whole_sequences
 from agentark_jax.models.config import LayerType, ModelConfig, Remat
 from agentark_jax.models.layers import (
     Block,
     RMSNorm,
     block_graph,
-    causal_masks,
     embed,
     normal_param,
     rotation_table,
@@ -63,13 +63,14 @@ class Transformer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         remat: Remat,
         dtype: jax.typing.DTypeLike,
+        attention: AttentionPlan,
     ) -> Float[Array, "B T D"]:
         rotations = rotation_table(self.config, positions, dtype)
-        masks = causal_masks(self.config, ids.shape[1], segment_ids)
+        attends = whole_sequences(self.config, ids.shape[1], segment_ids, attention)
 
         def through(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
             for block in nnx.merge(graph, _cast_matrices(state, dtype)).values():
-                x, _ = block(x, rotations, masks)
+                x, _ = block(x, rotations, attends)
             return x
 
         through = _recomputed(through, remat)
@@ -95,7 +96,7 @@ def _recomputed(layers: Callable[..., jax.Array], remat: Remat) -> Callable[...,
     policies = jax.checkpoint_policies
     kept = {
         "none": policies.everything_saveable,
-        "products": policies.dots_with_no_batch_dims_saveable,
+        "products": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, keep_kernel_results),
         "outputs": policies.save_only_these_names("attention", "mlp"),
         "full": policies.nothing_saveable,
     }[remat]
@@ -129,6 +130,7 @@ def hidden_states(
     segment_ids: Int[Array, "B T"] | None = None,
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
+    attention: AttentionPlan = XLA,
 ) -> Float[Array, "B T D"]:
     """Hidden states after the final norm, from stacked parameters.
 
@@ -136,9 +138,10 @@ def hidden_states(
     one sequence per row (padding to the right is harmless: nothing before it sees it). `remat` says what of each
     repetition of the layer pattern the backward pass recomputes instead of keeping it. Layers compute in `dtype` (None:
     that of the parameters) on matrices that are cast where they are used, so gradients have the parameters' dtype.
+    `attention` (of `choose_attention`) changes no result beyond rounding.
     """
     computed = params["embedding"].dtype if dtype is None else dtype
-    return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat, computed)
+    return nnx.merge(_structure(config)[0], params)(ids, positions, segment_ids, remat, computed, attention)
 
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
@@ -174,20 +177,24 @@ def _final_norm(config: ModelConfig, params: Params, x: Float[Array, "*B D"]) ->
 
 
 def prefill(
-    config: ModelConfig, decode_params: Params, ids: Int[Array, "B T"], lengths: Int[Array, " B"]
+    config: ModelConfig,
+    decode_params: Params,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    attention: AttentionPlan = XLA,
 ) -> tuple[Float[Array, "B D"], Cache]:
-    """Run prompts padded to the right.
+    """Run prompts padded to the right; `attention` as in `hidden_states`.
 
     Returns the final-normed hidden state of each row's last token, and per layer its keys and values [B, K, T, H]
     (those at or after a row's length are of padding: harmless, as decoding overwrites them before it reads them).
     """
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     rotations = rotation_table(config, positions, decode_params["embedding"].dtype)
-    masks = causal_masks(config, ids.shape[1], None)
+    attends = whole_sequences(config, ids.shape[1], None, attention)
     x = embed(config, decode_params["embedding"], ids)
     cache = []
     for layer_type, layer in zip(config.layer_types, decode_params["layers"], strict=True):
-        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, masks)
+        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, attends)
         cache.append(kv)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _final_norm(config, decode_params, last), tuple(cache)
@@ -244,14 +251,14 @@ def decode_step(
     Returns the final-normed hidden states and the cache with this step in it.
     """
     rotations = rotation_table(config, positions[:, None], decode_params["embedding"].dtype)
-    masks = {}
+    attends = {}
     for layer_type, kv in dict(zip(config.layer_types, cache, strict=True)).items():
         room = kv["k"].shape[2]
         distance = (positions[:, None] - jnp.arange(room)) % room  # to the last position that has each place
-        masks[layer_type] = (distance <= positions[:, None])[:, None]
+        attends[layer_type] = partial(dense, mask=(distance <= positions[:, None])[:, None])
     x = embed(config, decode_params["embedding"], ids)[:, None]
     written = []
     for layer_type, layer, kv in zip(config.layer_types, decode_params["layers"], cache, strict=True):
-        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, masks, kv, positions)
+        x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, attends, kv, positions)
         written.append(kv)
     return _final_norm(config, decode_params, x[:, 0]), tuple(written)

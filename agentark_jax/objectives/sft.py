@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.transformer import hidden_states, unembedding
 from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_nll
@@ -43,6 +44,7 @@ def sft_loss(
     *,
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
+    attention: AttentionPlan = XLA,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """loss = Σ_term coefficient · Σ_t weight·nll / total, and its metrics; differentiable in `params`.
@@ -53,7 +55,7 @@ def sft_loss(
     The network computes in `dtype` (None: that of the parameters); log-likelihoods and their sums are fp32.
     """
     ids, positions, segment_ids = batch["ids"], batch["positions"], batch["segment_ids"]
-    hidden = hidden_states(config, params, ids, positions, segment_ids, remat=remat, dtype=dtype)
+    hidden = hidden_states(config, params, ids, positions, segment_ids, remat, dtype, attention)
     return sft_loss_from_hidden(
         hidden,
         unembedding(config, params),

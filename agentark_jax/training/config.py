@@ -77,8 +77,8 @@ class FitConfig:
         patience: stop after this many evaluations in a row without improvement; null for never.
         min_improvement: by how much the validation loss must fall below its best to count as an improvement.
         remat: what the backward pass recomputes instead of keeping it: none; products, all but the products with
-            weights (on CPU faster than none); outputs, all but the outputs of attention and MLPs; or full, all but the
-            inputs of the layers.
+            weights and the results of attention kernels (on CPU faster than none); outputs, all but the outputs of
+            attention and MLPs; or full, all but the inputs of the layers.
         compute_dtype: in what the network computes: float32 or bfloat16. Parameters, optimizer state, gradients, norms,
             softmax and loss are float32 either way.
         profile_steps: the first and the last step of which a profiler trace is written to `profile/` (TensorBoard,

@@ -1,6 +1,7 @@
 """The training loop: plain Python around one jitted step, resumable at any moment."""
 
 import hashlib
+import logging
 import math
 import signal
 import threading
@@ -21,12 +22,13 @@ from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import atomic_path
 from agentark_jax.models import lora
+from agentark_jax.models.attention import AttentionPlan, kernel_platform
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import sft_flops
 from agentark_jax.records import Example, ids_hash, stable_hash
 from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.mesh import check_mesh, local_rows, make_mesh, place_batch, place_params
+from agentark_jax.training.mesh import check_mesh, fit_attention, local_rows, make_mesh, place_batch, place_params
 from agentark_jax.training.metrics import MetricsLog, StepClock
 from agentark_jax.training.peaks import peak_flops
 from agentark_jax.training.state import (
@@ -41,6 +43,8 @@ from agentark_jax.training.state import (
     state_shardings,
 )
 from agentark_jax.training.step import make_evaluation, make_step
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, int], None]
 Stopped = Literal["completed", "early"]
@@ -142,6 +146,8 @@ def fit(
         trainable = flatten_dict(lora.init_adapter(model_config, seed), sep=".")
         frozen = flatten_dict(params, sep=".")
     check_mesh(mesh, model_config, {**trainable, **frozen}, config.rows, config.accumulation)
+    attention, why = fit_attention(config, model_config, kernel_platform(mesh.devices.flat[0]))
+    logger.info("attention: %s", why)
     terms = term_names([*examples, *(validation or ())])
     for term in config.coefficients:
         if term not in terms:
@@ -185,6 +191,7 @@ def fit(
                 coefficients,
                 steps,
                 mesh,
+                attention,
                 shardings,
                 data,
                 validation_data,
@@ -252,6 +259,7 @@ class _Run:
     coefficients: Mapping[str, float]
     steps: int
     mesh: Mesh
+    attention: AttentionPlan
     shardings: Shardings
     data: PackedBatches
     validation: PackedBatches | None
@@ -260,8 +268,8 @@ class _Run:
 
     def go(self, state: TrainState, memory: Memory, checkpointer: Checkpointer, started: float) -> TrainState:
         """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
-        step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings)
-        evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh)
+        step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings, self.attention)
+        evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh, self.attention)
         first, before = int(state.step), memory.seconds
         clock = StepClock(peak_flops(self.mesh.devices.flatten().tolist()))
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step

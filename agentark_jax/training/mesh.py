@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jaxtyping import Array
 
 from agentark_jax.errors import UsageError
+from agentark_jax.models.attention import AttentionPlan, choose_attention
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.sharding import (
     MESH_AXES,
@@ -20,7 +21,7 @@ from agentark_jax.models.sharding import (
     parameter_sharding,
     row_sharding,
 )
-from agentark_jax.training.config import MeshConfig
+from agentark_jax.training.config import FitConfig, MeshConfig
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,11 @@ def check_mesh(mesh: AnyMesh, model: ModelConfig, params: Mapping[str, Any], row
             model.num_kv_heads,
             tensor,
         )
+
+
+def fit_attention(config: FitConfig, model: ModelConfig, platform: str) -> tuple[AttentionPlan, str]:
+    """What computes attention in a fit, whose rows are always packed, and why; see `choose_attention`."""
+    return choose_attention(platform, model, packed=True, length=config.row_length, dtype=config.compute_dtype)
 
 
 def param_shardings(mesh: AnyMesh, params: Mapping[str, Any]) -> dict[str, NamedSharding]:

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.sharding import constrain, on_mesh, replicated, row_sharding
 from agentark_jax.objectives.sft import sft_loss, term_totals
@@ -22,7 +23,12 @@ Evaluation = Callable[[FlatParams, FlatParams, Mapping[str, Any]], tuple[Metrics
 
 
 def make_step(
-    config: FitConfig, model: ModelConfig, coefficients: Mapping[str, float], steps: int, shardings: Shardings
+    config: FitConfig,
+    model: ModelConfig,
+    coefficients: Mapping[str, float],
+    steps: int,
+    shardings: Shardings,
+    attention: AttentionPlan = XLA,
 ) -> Step:
     """(state, frozen, batch [rows, T]) → (state, metrics); the state is donated, compiled once for all batches.
 
@@ -36,8 +42,8 @@ def make_step(
     mesh = shardings.step.mesh
 
     def loss(trainable: FlatParams, frozen: FlatParams, batch: Any, totals: Any) -> tuple[Array, Metrics]:
-        params = merge(trainable, frozen)
-        return sft_loss(model, params, batch, totals, coefficients, remat=config.remat, dtype=config.compute_dtype)
+        settings: dict[str, Any] = {"remat": config.remat, "dtype": config.compute_dtype, "attention": attention}
+        return sft_loss(model, merge(trainable, frozen), batch, totals, coefficients, **settings)
 
     def step(state: TrainState, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
         totals = term_totals(batch)
@@ -57,14 +63,16 @@ def make_step(
     )
 
 
-def make_evaluation(config: FitConfig, model: ModelConfig, coefficients: Mapping[str, float], mesh: Mesh) -> Evaluation:
+def make_evaluation(
+    config: FitConfig, model: ModelConfig, coefficients: Mapping[str, float], mesh: Mesh, attention: AttentionPlan = XLA
+) -> Evaluation:
     """(trainable, frozen, batch) → (Σ weight·nll per term, Σ weight per term), to be summed over batches."""
 
     def evaluate(trainable: FlatParams, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[Metrics, Metrics]:
         def summed_nll(micro: Mapping[str, Any]) -> Metrics:
             ones = {term: jnp.ones(()) for term in coefficients}
-            params = merge(trainable, frozen)
-            _, metrics = sft_loss(model, params, micro, ones, coefficients, dtype=config.compute_dtype)
+            settings: dict[str, Any] = {"dtype": config.compute_dtype, "attention": attention}
+            _, metrics = sft_loss(model, merge(trainable, frozen), micro, ones, coefficients, **settings)
             return {term: metrics[f"nll/{term}"] for term in coefficients}
 
         return _summed(summed_nll, batch, config.accumulation), term_totals(batch)
