@@ -14,15 +14,19 @@ from pathlib import Path
 
 import aiohttp
 import jax
+import numpy as np
 import pytest
 from aiohttp import web
 
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.engines.base import Request
 from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
 from agentark_jax.models.source import ScratchConfig
-from agentark_jax.models.weights import save_pretrained
+from agentark_jax.models.weights import load_params, save_pretrained
+from agentark_jax.records import Sampling
 
+JSON = {"Content-Type": "application/json"}
 LAUNCHER = Path(__file__).parents[1] / "launch" / "sglang" / "cpu_server.py"
 
 
@@ -39,6 +43,34 @@ def make_model(directory: Path, seed: int) -> Path:
     return save_pretrained(directory, config, params, directory)
 
 
+def requests(count: int, **sampling) -> list[Request]:
+    """Random prompts for such a model."""
+    draws = np.random.default_rng(0)
+    return [
+        Request(
+            draws.integers(4, 280, draws.integers(3, 60)).astype(np.int32),
+            Sampling(**{"temperature": 0.9, "max_tokens": 16, "stop_ids": (1,), "seed": 2**62 + seed, **sampling}),
+        )
+        for seed in range(count)
+    ]
+
+
+def our_scores(model: Path, ids: np.ndarray) -> np.ndarray:
+    """The trainer's logits [T, V] of a text; padded, so that few lengths are compiled."""
+    config = load_config(model)
+    params = load_params(model, config)
+    padded = np.zeros((1, -(-len(ids) // 128) * 128), np.int32)
+    padded[0, : len(ids)] = ids
+    hidden = transformer.hidden_states(config, params, padded, np.arange(padded.shape[1])[None])
+    return np.asarray(transformer.logits(config, params, hidden))[0, : len(ids)]
+
+
+def our_logprobs(model: Path, ids: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """What the trainer's forward pass says of each token after those before it [T - 1]."""
+    logprobs = np.asarray(jax.nn.log_softmax(our_scores(model, ids) / temperature))
+    return logprobs[np.arange(len(ids) - 1), ids[1:]]
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -52,9 +84,10 @@ def serving(model: Path, log: Path, port: int | None = None, *options: str):
     if not python:
         pytest.skip("SGLANG_PYTHON is not set; launch/sglang/install_cpu.sh makes an environment for it")
     port = port or free_port()
-    command = [python, str(LAUNCHER), "--model-path", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += "--device cpu --attention-backend torch_native --dtype float32 --max-total-tokens 8192".split()
-    command += "--max-running-requests 32 --sleep-on-idle --random-seed 0 --log-level warning".split()
+    settings = {"model-path": model, "port": port, "dtype": "float32", "max-total-tokens": 8192, "log-level": "warning"}
+    settings |= {"device": "cpu", "attention-backend": "torch_native", "max-running-requests": 32, "random-seed": 0}
+    command = [python, str(LAUNCHER), "--sleep-on-idle"]
+    command += [word for name, value in settings.items() for word in (f"--{name}", str(value))]
     with log.open("ab") as output:
         process = subprocess.Popen(
             [*command, *options], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -110,7 +143,10 @@ async def faulty(upstream: str, faults):
         if fault == "stall":
             await asyncio.sleep(3600)
         async with session.request(
-            request.method, upstream + request.path, data=await request.read(), headers={"Content-Type": "application/json"}
+            request.method,
+            upstream + request.path,
+            data=await request.read(),
+            headers={"Content-Type": "application/json"},
         ) as answer:
             content, status = await answer.read(), answer.status
         if fault == "cut":
