@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,6 +134,14 @@ class RunConfig:
             raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
             raise UsageError(f"curve is {self.curve}: give different shares of the questions, each between 0 and 1.")
+        for key in FITS:
+            fit: FitConfig = attrgetter(key)(self)
+            if key == "fit" and fit.eval_every is not None:
+                raise UsageError(f"fit.eval_every is {fit.eval_every}: students are not validated, give null.")
+            if fit.eval_every is not None and not self.questions.validation:
+                raise UsageError(f"{key}.eval_every is {fit.eval_every}: set questions.validation too, or give null.")
+            if not fit.coefficients.keys() <= {"completion"}:
+                raise UsageError(f"{key}.coefficients is {fit.coefficients}: the only loss term is completion.")
 
     @property
     def directory(self) -> Path:
@@ -169,13 +178,15 @@ class _Parser(ArgumentParser):
 
 
 def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunConfig, bool]:
-    """The configuration of `--config FILE` and one option per key, and whether `--update` was given.
+    """The configuration of `--config FILE` (any number) and one option per key, and whether `--update` was given.
 
     Raises:
         UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
     """
     parser = _Parser(prog=prog, description=description, default_env=False)
-    parser.add_argument("--config", action="config", help="YAML file with any of the keys below; options after it win.")
+    parser.add_argument(
+        "--config", action="config", help="YAML file with any of the keys below; later files and options win."
+    )
     parser.add_argument(
         "--update",
         action="store_true",
@@ -204,13 +215,13 @@ def _check_fits(namespace: Namespace) -> None:
 
 
 def _located(message: str, arguments: Sequence[str]) -> str:
-    """The message with the configuration file in front, unless it is about an option of the command line."""
+    """The message with the configuration files in front, unless it is about an option of the command line."""
     options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
     if any(option[2:] in message for option in options if option != "--config"):
         return message
     joined = " ".join(arguments)
     files = re.findall(r"--config[= ](\S+)", joined)
-    return f"{files[-1]}: {message}" if files and files[-1] not in message else message
+    return f"{', '.join(files)}: {message}" if files and not any(file in message for file in files) else message
 
 
 def as_dict(config: Any) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Pipeline:
                 f"the embedding has {rows} rows more than the tokenizer has tokens: padding, left as it is"
             )
         self._check_lengths(raw, form, questions)
-        self._check_meshes(raw)
+        self._check_fits(raw)
         base = self.warm_start(raw, form, questions_stage, questions)
         debate_stage, debated = self.debate(base, questions_stage, questions["debate"])
         select_stage, selections = self.select(debate_stage, debated)
@@ -503,14 +503,20 @@ class Pipeline:
                 f"{self._longest}: lower debate.max_tokens or debate.agents, or ask shorter questions."
             )
 
-    def _check_meshes(self, raw: Manifest) -> None:
-        """Refuse, before anything expensive starts, a fit that the devices here cannot share."""
-        model = load_config(_model_directory(raw))
-        shapes = partition(transformer.param_shapes(model), [])[0]
+    def _check_fits(self, raw: Manifest) -> None:
+        """Refuse, before anything expensive starts, a fit that does not go with the model or the devices here."""
+        directory = _model_directory(raw)
+        model = load_config(directory)
         for key in FITS:
             config: FitConfig = attrgetter(key)(self.config)
+            if config.row_length > model.max_positions:
+                raise UsageError(
+                    f"{key}.row_length: {config.row_length} tokens, but {directory / 'config.json'} has "
+                    f"{model.max_positions} positions; shorten the rows"
+                )
             try:
-                check_mesh(make_mesh(config.mesh), model, shapes, config.rows, config.accumulation)
+                trainable, frozen = partition(transformer.param_shapes(model), config.freeze)
+                check_mesh(make_mesh(config.mesh), model, {**trainable, **frozen}, config.rows, config.accumulation)
             except UsageError as error:
                 raise UsageError(f"{key}.{error}") from error
 

@@ -302,7 +302,7 @@ def lower_step(model: ModelConfig, fit: FitConfig, where: Topology, attention: A
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
     batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
     step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings, attention)
-    return step.lower(  # type: ignore[attr-defined]  # a jitted function
+    return step.lower(
         abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
     )
 

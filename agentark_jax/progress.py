@@ -1,9 +1,11 @@
 """Progress bars with rate and remaining time, and one line per finished stage."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -44,11 +46,30 @@ class Bar:
         self._progress.update(self._task, completed=done, total=total, tokens=tokens)
 
 
+class _Once(logging.Filter):
+    """Lets a message through when it comes for the first time: stages have much in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        new = text not in self._seen
+        self._seen.add(text)
+        return new
+
+
 class Display:
     """What a run shows on the terminal."""
 
     def __init__(self, console: Console):
         self.console = console
+        logger = logging.getLogger(__package__)
+        logger.setLevel(logging.INFO)
+        handler = RichHandler(console=console, show_time=False, show_level=False, show_path=False)
+        handler.addFilter(_Once())
+        logger.handlers, logger.propagate = [handler], False
 
     @contextmanager
     def bar(self, description: str, total: int) -> Iterator[Bar]:

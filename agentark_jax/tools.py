@@ -148,12 +148,8 @@ def generate(arguments: Sequence[str]) -> None:
 
     enable_compilation_cache()
     directory = resolve_model(options.model)
-    config, tokenizer = load_config(directory), Tokenizer(directory)
-    if tokenizer.vocabulary_size > config.vocab_size:  # fewer are legal: rows of padding
-        raise UsageError(
-            f"{directory / 'tokenizer.json'}: {tokenizer.vocabulary_size} tokens, but the model has only "
-            f"{config.vocab_size} embeddings; it belongs to another model"
-        )
+    config = load_config(directory)
+    tokenizer = Tokenizer(directory, config.vocab_size)
     beginning = () if tokenizer.bos_id is None else (tokenizer.bos_id,)
     prompt = np.asarray(beginning + tokenizer.encode(options.prompt), np.int32)
     context = len(prompt) + options.max_tokens

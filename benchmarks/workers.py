@@ -43,7 +43,7 @@ class Worker:
         )
         try:
             self.ready = self._ask(side.setup)
-        except BaseException:
+        except BaseException:  # an interrupt must not leave the process behind either
             self._stop()
             raise
 

@@ -18,23 +18,12 @@
 # Verified: the dry run and the messages; no job was ever submitted with this script.
 set -euo pipefail
 
-fail() {
-  echo "$0: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 
-dry_run=no
-if [[ "${1:-}" == --dry-run ]]; then
-  dry_run=yes
-  shift
-  set -- "${1:-configs/qwen3_8b.yaml}" "${@:2}"
-  PARTITION="${PARTITION:-PARTITION}" VENV="${VENV:-VENV}" RUNS="${RUNS:-RUNS}"
-fi
-for variable in PARTITION VENV RUNS; do
-  [[ -n "${!variable:-}" ]] || fail "$variable is not set; the head of this file says what it is. --dry-run needs none."
-done
-config="${1:-}"
-[[ -f "$config" ]] || fail "'$config' is no file; the first argument is a config, such as configs/qwen3_8b.yaml."
+read_arguments configs/qwen3_8b.yaml "$@"
+require PARTITION VENV RUNS
+require_config
 config="$(cd "$(dirname "$config")" && pwd)/$(basename "$config")"
 if [[ "$dry_run" == no ]]; then
   [[ -x "$VENV/bin/agentark" ]] || fail "VENV is '$VENV', which has no bin/agentark; install the package there first."
@@ -43,15 +32,15 @@ fi
 gpus="${GPUS:-8}"
 cpus="${CPUS:-64}"
 hours="${HOURS:-24}"
-for variable in gpus cpus hours; do
-  [[ "${!variable}" =~ ^[1-9][0-9]*$ ]] || fail "${variable^^} is '${!variable}'; give a positive number."
-done
+require_positive GPUS "$gpus"
+require_positive CPUS "$cpus"
+require_positive HOURS "$hours"
 account=()
 if [[ -n "${ACCOUNT:-}" ]]; then
   account=(--account "$ACCOUNT")
 fi
 
-printf -v run '%q ' "$VENV/bin/agentark" run --config "$config" --root "$RUNS" "${@:2}"
+printf -v run '%q ' "$VENV/bin/agentark" run --config "$config" --root "$RUNS" "${options[@]}"
 # Slurm signals the batch shell before the time is up; the run saves on SIGTERM, and the job goes back into the queue.
 job="#!/usr/bin/env bash
 set -uo pipefail

@@ -8,8 +8,9 @@
 # PROJECT, ZONE   of Google Cloud; the zone must offer the type
 # DISK            a disk in that zone that keeps the runs; it outlives the slices and is formatted if it is empty. Make it
 #                 once: gcloud compute disks create DISK --size 500GB --type pd-balanced (v6e: hyperdisk-balanced)
-# TYPE            of one host, since one process runs the whole pipeline: v5litepod-8 (default; `agentark fit --dry-run`
-#                 calls it v5e-8), v6e-8, or v5p-8
+#                 Several hosts cannot share a disk: give an NFS share (Filestore) as ADDRESS:/NAME
+# TYPE            v5litepod-8 (default; `agentark fit --dry-run` calls it v5e-8), v6e-8 and v5p-8 have one host, larger ones
+#                 several
 # RUNTIME         the type's software version: v2-alpha-tpuv5-lite (default), v2-alpha-tpuv6e, v2-alpha-tpuv5
 # NAME            of the queued resource and its node, agentark by default
 # SPOT            yes (default): cheaper, can be preempted; no: on demand
@@ -18,49 +19,33 @@
 # Cost: chips × hours from ACTIVE until the slice is deleted, idle or not, and the disk until you delete it. The slice is
 # deleted when the run ends or fails and when this script is interrupted; after `kill -9` or a lost machine delete it by
 # hand. Quota: chips of this generation in the region, preemptible ones where SPOT=yes.
-# Needs gcloud, signed in, with the TPU API enabled and ssh to the host allowed. Files that the config names (task.path)
-# must be on the disk. Verified: the dry run and the messages; no slice was ever created with this script.
+# Needs gcloud, signed in, with the TPU API enabled and ssh to the hosts allowed. Files that the config names (task.path)
+# must be on the disk; a second config, as in `--config configs/lora.yaml`, is one of this repository. Verified: the dry run and the messages; no slice was ever created with this script.
 set -euo pipefail
 
-fail() {
-  echo "$0: $1" >&2
-  exit 2
-}
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 
-dry_run=no
-if [[ "${1:-}" == --dry-run ]]; then
-  dry_run=yes
-  shift
-  set -- "${1:-configs/qwen3_1.7b.yaml}" "${@:2}"
-  PROJECT="${PROJECT:-PROJECT}" ZONE="${ZONE:-ZONE}" DISK="${DISK:-DISK}"
-fi
-for variable in PROJECT ZONE DISK; do
-  [[ -n "${!variable:-}" ]] || fail "$variable is not set; the head of this file says what it is. --dry-run needs none."
-done
-config="${1:-}"
-[[ -f "$config" ]] || fail "'$config' is no file; the first argument is a config, such as configs/qwen3_1.7b.yaml."
+read_arguments configs/qwen3_1.7b.yaml "$@"
+require PROJECT ZONE DISK
+require_config
 type="${TYPE:-v5litepod-8}"
 runtime="${RUNTIME:-v2-alpha-tpuv5-lite}"
 name="${NAME:-agentark}"
 attempts="${ATTEMPTS:-20}"
-[[ "$attempts" =~ ^[1-9][0-9]*$ ]] || fail "ATTEMPTS is '$attempts'; give a positive number."
+require_positive ATTEMPTS "$attempts"
 pricing=()
 if [[ "${SPOT:-yes}" == yes ]]; then
   pricing=(--spot)
 fi
+attached=()
+if [[ "$DISK" != *:* ]]; then
+  attached=(--data-disk "source=projects/$PROJECT/zones/$ZONE/disks/$DISK,mode=read-write")
+fi
 where=(--project "$PROJECT" --zone "$ZONE")
 repository="$(cd "$(dirname "$0")/.." && pwd)"
-options=""
-if (($# > 1)); then
-  printf -v options ' %q' "${@:2}"
-fi
-on_host="set -euo pipefail
-disk=/dev/disk/by-id/google-persistent-disk-1
-sudo blkid \"\$disk\" >/dev/null || sudo mkfs.ext4 -q \"\$disk\"
-sudo mkdir -p /runs && sudo mount \"\$disk\" /runs && sudo chown \"\$USER\" /runs
-mkdir agentark && tar -xzf agentark.tar.gz -C agentark
-python3 -m venv venv && venv/bin/pip install -q './agentark[tpu]'
-venv/bin/agentark run --config run.yaml --root /runs$options"
+printf -v on_host ' %q' "$DISK" "${options[@]}"
+on_host="mkdir agentark && tar -xzf agentark.tar.gz -C agentark && bash agentark/launch/tpu_host.sh$on_host"
 
 run() {
   if [[ "$dry_run" == yes ]]; then
@@ -73,8 +58,7 @@ run() {
 
 create() {
   run gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
-    --runtime-version "$runtime" "${pricing[@]}" \
-    --data-disk "source=projects/$PROJECT/zones/$ZONE/disks/$DISK,mode=read-write"
+    --runtime-version "$runtime" "${pricing[@]}" "${attached[@]}"
 }
 
 delete() {
@@ -102,14 +86,14 @@ wait_until_active() {
 }
 
 copy_and_run() {
-  run tar -czf "$package" -C "$repository" agentark_jax pyproject.toml README.md || return
-  run gcloud compute tpus tpu-vm scp "$package" "$name:agentark.tar.gz" "${where[@]}" || return
-  run gcloud compute tpus tpu-vm scp "$config" "$name:run.yaml" "${where[@]}" || return
-  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --command "$on_host"
+  run tar -czf "$package" -C "$repository" agentark_jax configs launch pyproject.toml README.md || return
+  run gcloud compute tpus tpu-vm scp "$package" "$name:agentark.tar.gz" "${where[@]}" --worker all || return
+  run gcloud compute tpus tpu-vm scp "$config" "$name:run.yaml" "${where[@]}" --worker all || return
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker all --command "$on_host"
 }
 
 if [[ "$dry_run" == yes ]]; then
-  package=/tmp/agentark.tar.gz
+  package=agentark.tar.gz
   create
   wait_until_active
   copy_and_run

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ from agentark_jax.errors import UsageError
 from agentark_jax.models.config import Lora
 
 ROOT = Path(__file__).parent.parent
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+LORA = ROOT / "configs" / "lora.yaml"
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {LORA})
 
 
 def parse(*arguments: str) -> config.RunConfig:
@@ -25,6 +27,26 @@ def test_the_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
     assert parsed.name == path.stem
     (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
     assert parse("--config", str(tmp_path / "again.yaml")) == parsed
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_adapters_can_be_trained_instead_of_what_any_config_trains(path):
+    alone, adapted = parse("--config", str(path)), parse("--config", str(path), "--config", str(LORA))
+    for before, after in (
+        (alone.fit, adapted.fit),
+        (alone.warm_start.answer, adapted.warm_start.answer),
+        (alone.warm_start.revision, adapted.warm_start.revision),
+    ):
+        adapters = {"learning_rate": 2e-4, "lora": Lora(32, 64.0), "freeze": []}
+        assert after == replace(before, **adapters)
+    warm_start = replace(adapted.warm_start, answer=alone.warm_start.answer, revision=alone.warm_start.revision)
+    assert replace(adapted, fit=alone.fit, warm_start=warm_start) == alone
+
+
+def test_a_mistake_in_one_of_several_files_names_them(tmp_path):
+    (tmp_path / "wrong.yaml").write_text("fit: {rows: 0}")
+    with pytest.raises(UsageError, match=rf"{tmp_path}/wrong\.yaml, {LORA}: fit\.rows: 0 is not possible"):
+        parse("--config", str(tmp_path / "wrong.yaml"), "--config", str(LORA))
 
 
 def test_adapters_survive_a_round_trip(tmp_path):
@@ -61,6 +83,9 @@ def test_later_options_override_the_file():
         ("seeds: [1, 1]", r"seeds is \[1, 1\]"),
         ("name: ../elsewhere", r"name is '\.\./elsewhere'"),
         ("curve: [1.5]", r"curve is \[1\.5\]"),
+        ("fit: {eval_every: 5}", r"fit\.eval_every is 5: students are not validated"),
+        ("warm_start: {answer: {eval_every: 5}}", r"warm_start\.answer\.eval_every is 5: set questions\.validation"),
+        ("fit: {coefficients: {answer: 1.0}}", r"fit\.coefficients is .*the only loss term is completion"),
         ("debate: [", r"(?i)pars"),
         ("just text", r"(?i)config"),
     ],

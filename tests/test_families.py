@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import our_logits
 
+from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import UsageError
 from agentark_jax.models import transformer
 from agentark_jax.models.config import ModelConfig, Rope, RopeBands, load_config
@@ -102,12 +104,6 @@ class Case:
 def their_logits(model: "transformers.PreTrainedModel", ids: np.ndarray) -> np.ndarray:
     with torch.no_grad():
         return model(torch.tensor(ids, dtype=torch.int64)).logits.numpy()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def our_logits(config: ModelConfig, params: transformer.Params, ids: jax.Array) -> jax.Array:
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return transformer.logits(config, params, transformer.hidden_states(config, params, ids, positions))
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +281,10 @@ def scaling(**changes: object) -> dict:
         (LLAMA_31, {"mlp_bias": 1}, "mlp_bias: is 1; true or false"),
         (LLAMA_31, {"num_local_experts": 8}, "mixture of experts"),
         (LLAMA_31, {"model_type": "mixtral", "num_local_experts": 8}, "mixture of experts"),
+        (LLAMA_31, {"model_type": "deepseek_v3", "n_routed_experts": 256}, "mixture of experts"),
+        (QWEN_25, {"model_type": "qwen3_moe", "num_experts": 128}, "mixture of experts"),
         (LLAMA_31, {"model_type": "mllama", "text_config": {}}, "multimodal"),
+        (QWEN_25, {"model_type": "qwen2_5_vl", "vision_config": {}}, "multimodal"),
         (QWEN_25, {"mlp_bias": True}, "mlp_bias: is True"),
         (QWEN_25, {"attention_bias": False}, r"unknown keys \['attention_bias'\]"),
         (QWEN_25, {"num_key_value_heads": None}, "num_key_value_heads: is missing"),
@@ -300,3 +299,33 @@ def test_bad_configs_name_file_and_key(base: dict, change: dict, message: str) -
     with pytest.raises(UsageError, match=message) as caught:
         ModelConfig.from_hf({**base, **change}, "some/config.json")
     assert "some/config.json" in str(caught.value)
+
+
+# --- the text model of a multimodal checkpoint
+
+
+def test_the_text_model_that_readme_saves_is_the_one_in_the_multimodal_checkpoint(tmp_path: Path) -> None:
+    text = transformers.Gemma3TextConfig(
+        **shape(24, 2, 1, 2, head_dim=8), sliding_window=16, query_pre_attn_scalar=8, max_position_embeddings=256
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    tokens = {"image_token_index": VOCAB - 1, "boi_token_index": VOCAB - 2, "eoi_token_index": VOCAB - 3}
+    whole = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), mm_tokens_per_image=4, **tokens
+        )
+    ).eval()
+    source, directory = tmp_path / "whole", tmp_path / "text"
+    whole.save_pretrained(source)
+    train_tokenizer(["one two three"], 300, source)
+    with pytest.raises(UsageError, match=r"multimodal model.*save the text model in it, as README"):
+        load_config(source)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0]
+    exec(code.replace("google/gemma-3-4b-it", str(source)).replace("models/gemma-3-4b-it", str(directory)))
+    config, ids = load_config(directory), np.arange(40)[None] % VOCAB
+    ours = our_logits(config, load_params(directory, config), ids)
+    np.testing.assert_allclose(ours, their_logits(whole, ids), rtol=0, atol=1e-4)
+    assert Tokenizer(directory).eos_id == Tokenizer(source).eos_id

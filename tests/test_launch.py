@@ -28,7 +28,9 @@ def test_a_dry_run_prints_the_commands_of_a_tpu_slice() -> None:
     assert "--accelerator-type v5litepod-8" in create
     assert "--spot" not in create
     assert "scp configs/qwen3_0.6b.yaml agentark:run.yaml" in done.stdout
-    assert "agentark run --config run.yaml --root /runs --seeds" in done.stdout
+    assert "bash\\ agentark/launch/tpu_host.sh\\ DISK\\ --seeds" in done.stdout
+    assert "--data-disk source=projects/mine/zones/ZONE/disks/DISK" in create
+    assert "--data-disk" not in launch("tpu_slice.sh", "--dry-run", DISK="10.0.0.2:/runs").stdout
     assert delete.startswith("gcloud compute tpus queued-resources delete agentark ")
     assert "--spot" in launch("tpu_slice.sh", "--dry-run").stdout
 
@@ -65,6 +67,43 @@ def test_numbers_are_checked() -> None:
         assert f"{name} is 'many'; give a positive number" in done.stderr
 
 
+FAKES = {
+    "sudo": 'echo "sudo $*" >>log',
+    "python3": "mkdir -p venv/bin && cp fakes/agentark fakes/pip venv/bin",
+    "pip": "",
+    "curl": 'case "$4" in */agent-worker-number) echo 1 ;; */worker-network-endpoints) echo "$HOSTS" ;; esac',
+    "agentark": 'echo "$JAX_COORDINATOR_ADDRESS $JAX_NUM_PROCESSES $JAX_PROCESS_ID $*" >>../log',
+}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "disk", "mount", "joined"),
+    [
+        ("t1v-w-0", "d", "mount /dev/disk/by-id/google-persistent-disk-1 /runs", "  "),
+        ("t1v-w-0,t1v-w-1", "10.0.0.2:/r", "mount -t nfs 10.0.0.2:/r /runs", "t1v-w-0:8476 2 1"),
+        ("a:0:10.1.0.1,b:1:10.1.0.2,c:2:10.1.0.3,d:3:10.1.0.4", "10.0.0.2:/r", "nfs", "10.1.0.1:8476 4 1"),
+    ],
+)
+def test_a_host_of_a_slice_mounts_the_runs_and_names_the_others(
+    tmp_path: Path, hosts: str, disk: str, mount: str, joined: str
+) -> None:
+    (tmp_path / "agentark").mkdir()
+    (tmp_path / "fakes").mkdir()
+    for name, body in FAKES.items():
+        path = tmp_path / "fakes" / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    variables = {"PATH": f"{tmp_path / 'fakes'}:{os.defpath}", "USER": "me", "HOSTS": hosts}
+    variables |= dict.fromkeys(("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"), "")
+    command = ["bash", str(ROOT / "launch" / "tpu_host.sh"), disk, "--name", "a b"]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    *prepared, ran = (tmp_path / "log").read_text().splitlines()
+    assert any(mount in line for line in prepared)
+    assert ran == f"{joined} run --config ../run.yaml --root /runs --name a b"
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
-    assert subprocess.run(["shellcheck", *sorted(map(str, (ROOT / "launch").glob("*.sh")))]).returncode == 0
+    scripts = sorted(map(str, (ROOT / "launch").glob("*.sh")))
+    assert subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT).returncode == 0

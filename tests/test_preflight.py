@@ -42,15 +42,24 @@ def report(topology: str, model: ModelConfig | None = None, **fit: object) -> pr
     [
         ("Qwen/Qwen3-0.6B", 596_049_920),
         ("Qwen/Qwen3-1.7B", 1_720_574_976),
+        ("Qwen/Qwen3-4B", 4_022_468_096),
         ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("Qwen/Qwen3-14B", 14_768_307_200),
+        ("Qwen/Qwen3-32B", 32_762_123_264),
         ("Qwen/Qwen2.5-1.5B", 1_543_714_304),
         ("Qwen/Qwen2.5-7B-Instruct", 7_615_616_512),
         ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("meta-llama/Llama-3.2-3B-Instruct", 3_212_749_824),
         ("meta-llama/Llama-3.1-8B-Instruct", 8_030_261_248),
+        ("meta-llama/Llama-3.1-70B", 70_553_706_496),
         ("google/gemma-7b", 8_537_680_896),
         ("google/gemma-3-270m", 268_098_176),
         ("gguf:gemma3-270m", 268_098_176),
         ("google/gemma-3-1b-it", 999_885_952),
+        # Published with their vision tower (416,866,032) and the projection from it (1152 · hidden size + 1152).
+        ("google/gemma-3-4b-it", 4_300_079_472 - 416_866_032 - 1152 * 2561),
+        ("google/gemma-3-12b-it", 12_187_325_040 - 416_866_032 - 1152 * 3841),
+        ("./models/gemma-3-27b-it", 27_432_406_640 - 416_866_032 - 1152 * 5377),
     ],
 )
 def test_published_models_have_the_published_number_of_parameters(source: str, parameters: int) -> None:
@@ -63,6 +72,8 @@ def test_a_directory_needs_no_weights_and_an_unreachable_source_says_what_would_
     assert describe(ModelSourceConfig(str(tmp_path))) == describe(ModelSourceConfig("Qwen/Qwen3-8B-Base"))
     with pytest.raises(UsageError, match=r"model\.source: 'a b/c' is neither a directory nor a hub id"):
         describe(ModelSourceConfig("a b/c"))
+    with pytest.raises(UsageError, match=r"model\.source: \./models/gemma-9: no such directory"):
+        describe(ModelSourceConfig("./models/gemma-9"))
 
 
 @pytest.mark.parametrize("freeze", [[], ["embedding"]])

@@ -1,6 +1,5 @@
 """`agentark logits` and `agentark generate`, through the command line."""
 
-import json
 import re
 import subprocess
 import sys
@@ -10,25 +9,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_models
 
 from agentark_jax.cli import main
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
-from agentark_jax.models.source import ScratchConfig
-from agentark_jax.models.weights import load_params, save_pretrained
+from agentark_jax.models.weights import load_params
 
 ROWS, LENGTH, POSITIONS = 2, 300, 320  # more positions than are scored at once
 
 
 def write_model(directory: Path, vocabulary: int) -> Path:
-    """A model with large random weights, so that what it says depends on what it was told."""
-    scratch = ScratchConfig(hidden_size=32, layers=2, head_dim=8, intermediate_size=48, max_positions=POSITIONS)
-    raw = scratch.to_hf(vocabulary=vocabulary, bos_id=2, eos_id=1)
-    (directory / "config.json").write_text(json.dumps(raw))
-    config = load_config(directory)
-    params = jax.tree.map(lambda leaf: leaf * 5, transformer.init_params(config, 0))
-    return save_pretrained(directory, config, params, directory)
+    return tiny_models.write_model(directory, vocabulary, max_positions=POSITIONS)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -203,7 +196,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path, capsys: py
     size = Tokenizer(tmp_path).vocabulary_size
     write_model(tmp_path, size - 1)
     assert say(tmp_path) == 2
-    assert_says(capsys, f"{size} tokens, but the model has only {size - 1} embeddings")
+    assert_says(capsys, rf"its ids reach {size - 1}, but .*config\.json says vocab_size {size - 1}")
 
 
 @pytest.mark.parametrize(("command", "taught"), [("logits", "--ids"), ("generate", "--temperature")])

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -474,6 +475,70 @@ def test_sigterm_saves_and_exits_with_143(params, tmp_path):
         assert str(checkpointer.latest) == (["3", *output.split()])[-1]  # not one step after the last one was lost
 
 
+class Wandb(ModuleType):
+    """A stand-in for the package that remembers runs by their ids, like the service."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = ModuleSpec("wandb", None)
+        self.runs, self.starts = {}, []
+
+    def init(self, **arguments):
+        if arguments["project"] == "nobody's":
+            raise self.Error("no API key")
+        self.starts.append(arguments)
+        return self.runs.setdefault(arguments["id"], WandbRun())
+
+
+class WandbRun:
+    def __init__(self):
+        self.rows, self.exit_codes, self.step = [], [], 0
+
+    def log(self, values, step):
+        assert step >= self.step, "the service warns and drops it"
+        self.rows.append({"step": step, **values})
+        self.step = step + 1
+
+    def finish(self, exit_code):
+        self.exit_codes.append(exit_code)
+
+
+def test_wandb_gets_every_step_once_in_one_run_however_often_the_fit_is_resumed(params, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", wandb := Wandb())
+    config = replace(EARLY, wandb="debates")
+    assert config.fingerprint() == replace(config, wandb=None).fingerprint()
+
+    class Killed(Exception):
+        pass
+
+    def die(done, total, tokens):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run_fit(tmp_path / "cut", params, config, validation=VALIDATION, progress=die)
+    whole = run_fit(tmp_path / "cut", params, config, validation=VALIDATION)
+    (run,) = wandb.runs.values()
+    assert [start["project"] for start in wandb.starts] == ["debates"] * 2
+    assert wandb.starts[0]["name"].endswith("/cut")
+    assert wandb.starts[0]["config"]["rows"] == config.rows
+    assert wandb.starts[0]["resume"] == "allow"
+    assert run.exit_codes == [1, 0]
+    without_time = [{key: value for key, value in row.items() if not key.startswith("timing/")} for row in run.rows]
+    assert without_time == metrics_of(tmp_path / "cut")
+    assert [row["validation_loss"] for row in run.rows if "validation_loss" in row] == [
+        loss for _, loss in whole.validation_history
+    ]
+    assert any(key.startswith("timing/") for key in run.rows[0])
+    run_fit(tmp_path / "other", params, replace(SHORT, wandb="debates"))
+    assert len(wandb.runs) == 2
+    with pytest.raises(AgentArkError, match=r"wandb: .*\(no API key\); run `wandb login`, set WANDB_MODE=offline"):
+        run_fit(tmp_path / "refused", params, replace(SHORT, wandb="nobody's"))
+
+
 def test_early_stop_state_is_resumed(params, tmp_path):
     whole = run_fit(tmp_path / "whole", params, EARLY, validation=VALIDATION)
 
@@ -529,7 +594,7 @@ def test_metrics_time_and_profile(params, tmp_path, caplog):
         assert "mfu" not in timing  # no CPU is in the table of peaks
     assert len(list((tmp_path / "profile").rglob("*.xplane.pb"))) == 1
     said = [line for line in caplog.messages if line.startswith("attention")]
-    assert said == ["attention: xla (there is no kernel for this platform); on cpu, packed rows of 24 in float32"]
+    assert said == ["attention: xla; there are no kernels for cpu"]
 
     clock = StepClock(peak_flops=1e12)
     for _ in clock.waiting(iter([0.02, 0.02])):
@@ -690,9 +755,11 @@ def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, 
         ({"compute_dtype": "float16"}, "compute_dtype: 'float16'"),
         ({"coefficients": {"completion": float("inf")}}, r"coefficients\.completion: inf"),
         ({"lora": Lora(2, 4.0), "freeze": ["embedding"]}, r"freeze: \['embedding'\] .*empty beside lora"),
+        ({"wandb": "project"}, r"wandb: 'project' .*pip install 'agentark-jax\[wandb\]'"),
     ],
 )
-def test_bad_config(change, message):
+def test_bad_config(change, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # not installed
     with pytest.raises(UsageError, match=message):
         replace(FitConfig(), **change)
 

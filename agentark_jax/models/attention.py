@@ -68,6 +68,8 @@ def choose_attention(
         candidates = ("pallas",) if packed else ("cudnn", "pallas")
     elif platform == "tpu":
         candidates = ("splash",)
+    if not candidates:
+        return XLA, f"xla; there are no kernels for {platform}"
     found: dict[LayerType, Backend] = {}
     words = []
     for layer_type in sorted(set(config.layer_types)):
@@ -78,7 +80,7 @@ def choose_attention(
                 found[layer_type] = backend
                 break
             passed.append(f"{backend} {lack}")
-        because = "; ".join(passed) if candidates else "there is no kernel for this platform"
+        because = "; ".join(passed)
         words.append(found.setdefault(layer_type, "xla") + (f" ({because})" if because else ""))
     if len(set(words)) > 1:
         words = [f"{each} in {layer_type} layers" for layer_type, each in zip(found, words, strict=True)]

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from agentark_jax.errors import UsageError
 
 LayerType = Literal["full_attention", "sliding_attention"]
-# What the backward pass recomputes: nothing; all but the products with weights and what attention kernels return; all but
-# the outputs of attention and MLPs; all but the layers' inputs. Each keeps less than the one before.
+# What the backward pass recomputes: nothing; all but the products with weights and the results of kernels; all but the
+# outputs of attention and MLPs; all but the inputs of layers. Each keeps less than the one before.
 Remat = Literal["none", "products", "outputs", "full"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -49,6 +49,7 @@ _NEUTRAL = frozenset(
         "output_hidden_states",
         "prefix",
         "problem_type",
+        "quantization_config",  # refused before, where it says anything
         "return_dict",
         "task_specific_params",
         "tokenizer_class",
@@ -248,21 +249,28 @@ class ModelConfig:
     def from_hf(raw: Mapping[str, Any], where: str) -> "ModelConfig":
         """The config that a `config.json` describes; `where` names the file in messages.
 
-        Raises UsageError for an unsupported model type (mixtures of experts and multimodal models too), a missing
-        key, a value of the wrong type, an unsupported kind of rope, or a key that might change the math and is not
-        understood.
+        Raises UsageError for an unsupported model type (mixtures of experts and multimodal models too), quantised
+        weights, a missing key, a value of the wrong type, an unsupported kind of rope, or a key that might change the
+        math and is not understood.
         """
         keys = _Keys(raw, where)
         model_type = raw.get("model_type")
         if model_type == "gemma3" or {"text_config", "vision_config", "audio_config"} & raw.keys():
+            way_out = f"choose a text model (one of {sorted(_FAMILIES)})"
+            if model_type == "gemma3":
+                way_out = "save the text model in it, as README (Gemma 3 from 4B on) says, and give its directory"
             raise UsageError(
-                f"{where}: key model_type: {model_type!r} is a multimodal model; export its text model "
-                f"(one of {sorted(_FAMILIES)}) and point to that directory"
+                f"{where}: key model_type: {model_type!r} is a multimodal model, which is not supported; {way_out}"
             )
         if any("expert" in key for key in raw):
             raise UsageError(
                 f"{where}: key model_type: {model_type!r} is a mixture of experts, which is not supported; choose a "
                 f"dense model (one of {sorted(_FAMILIES)})"
+            )
+        if raw.get("quantization_config"):
+            raise UsageError(
+                f"{where}: key quantization_config: quantised weights are not supported; take the model that they were "
+                "made from"
             )
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise UsageError(

@@ -58,8 +58,8 @@ def resolve_model(source: str, tokenizer: bool = True) -> Path:
     """The Hugging Face directory of a model source; `tokenizer` says whether it must hold one.
 
     `gguf:gemma3-270m` is converted from its package on first use; an existing directory is checked for its files and
-    returned; anything else is a hub id, downloaded. Raises UsageError for a source that is none of these or lacks
-    files, AgentArkError for a damaged package or a failed download.
+    returned; anything else is a hub id, downloaded. Raises UsageError for a source that is none of these, lacks files
+    or holds an unsupported model, AgentArkError for a damaged package or a failed download.
     """
     if not source:
         raise UsageError("the model source is empty; give a directory or a hub id like org/name")
@@ -81,7 +81,9 @@ def _checked_directory(path: Path, tokenizer: bool) -> Path:
     if not list(path.glob("*.safetensors")):
         missing.append("model.safetensors")
     if missing:
-        raise UsageError(f"{path}: lacks {', '.join(missing)}; a model directory in Hugging Face format has them")
+        hint = "; *.bin files are not read, a newer transformers saves them anew" if list(path.glob("*.bin")) else ""
+        raise UsageError(f"{path}: lacks {', '.join(missing)}; a model directory in Hugging Face format has them{hint}")
+    load_config(path)
     safetensors_files(path)
     return path
 
@@ -93,6 +95,7 @@ def _download(name: str) -> Path:
 
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
     try:
+        load_config(Path(snapshot_download(name, allow_patterns=["config.json"])))  # before the weights are fetched
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError as error:
         raise UsageError(f"model source {name!r}: neither a directory nor a hub id like org/name ({error})") from error

@@ -70,13 +70,13 @@ def _gemma(*sizes: int) -> dict[str, Any]:
     }
 
 
-def _gemma3(*sizes: int) -> dict[str, Any]:
+def _gemma3(*sizes: int, query_scalar: int = 256) -> dict[str, Any]:
     return {
         **dict(zip(_SIZES, (*sizes, 262144, 32768), strict=True)),
         "model_type": "gemma3_text",
         "attention_bias": False,
         "hidden_activation": "gelu_pytorch_tanh",
-        "query_pre_attn_scalar": 256,
+        "query_pre_attn_scalar": query_scalar,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
         "rope_local_base_freq": 1e4,
@@ -85,17 +85,36 @@ def _gemma3(*sizes: int) -> dict[str, Any]:
     }
 
 
+def _gemma3_of_multimodal(*sizes: int, query_scalar: int = 256) -> dict[str, Any]:
+    """The text model within a multimodal checkpoint, which has a few more tokens and a longer context."""
+    return {
+        **_gemma3(*sizes, query_scalar=query_scalar),
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "sliding_window": 1024,
+    }
+
+
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, 8, tied=True),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, 8, tied=True),
+    "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, 8, tied=True),
     "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32, 8, tied=False),
+    "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40, 8, tied=False),
+    "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64, 8, tied=False),
     "Qwen/Qwen2.5-1.5B": _qwen2(1536, 8960, 28, 12, 2, vocabulary=151936, positions=131072, tied=True),
     "Qwen/Qwen2.5-7B": _qwen2(3584, 18944, 28, 28, 4, vocabulary=152064, positions=131072, tied=False),
     "meta-llama/Llama-3.2-1B": _llama3(2048, 8192, 16, 32, 8, 64, factor=32.0, tied=True),
+    "meta-llama/Llama-3.2-3B": _llama3(3072, 8192, 28, 24, 8, 128, factor=32.0, tied=True),
     "meta-llama/Llama-3.1-8B": _llama3(4096, 14336, 32, 32, 8, 128, factor=8.0, tied=False),
+    "meta-llama/Llama-3.1-70B": _llama3(8192, 28672, 80, 64, 8, 128, factor=8.0, tied=False),
     "google/gemma-7b": _gemma(3072, 24576, 28, 16, 16, 256),
     "google/gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, 256),
     "google/gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, 256),
+    "google/gemma-3-4b": _gemma3_of_multimodal(2560, 10240, 34, 8, 4, 256),
+    "google/gemma-3-12b": _gemma3_of_multimodal(3840, 15360, 48, 16, 8, 256),
+    "google/gemma-3-27b": _gemma3_of_multimodal(5376, 21504, 62, 32, 16, 128, query_scalar=168),
 }
 _SAME_SHAPE = {"gguf:gemma3-270m": "google/gemma-3-270m"}
 _VARIANT = re.compile(r"-(Base|Instruct|it|pt)$")  # tuned or not, the shape is the same
@@ -104,17 +123,25 @@ _VARIANT = re.compile(r"-(Base|Instruct|it|pt)$")  # tuned or not, the shape is 
 def describe(model: ModelSourceConfig) -> ModelConfig:
     """The shape of a run's model, without its weights: from a directory, the table above, `scratch` or the hub.
 
+    A directory that does not exist yet may have the name of a published model: `./models/gemma-3-4b-it`.
+
     Raises UsageError for a source that is none of these, AgentArkError where the hub does not provide a config.
     """
     source = model.source
     if source == SCRATCH:
         raw = model.scratch.to_hf(vocabulary=model.scratch.vocabulary, bos_id=None, eos_id=0)
         return ModelConfig.from_hf(raw, "model.scratch")
-    if Path(source).expanduser().is_dir():
-        return load_config(Path(source).expanduser())
-    published = PUBLISHED.get(_VARIANT.sub("", _SAME_SHAPE.get(source, source)))
-    if published is not None:
-        return ModelConfig.from_hf(published, source)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return load_config(path)
+    name = _VARIANT.sub("", _SAME_SHAPE.get(source, source))
+    if source.startswith((".", "/", "~")):  # a directory that is not there yet can still be planned for
+        names = [known for known in PUBLISHED if known.split("/")[1] == _VARIANT.sub("", path.name)]
+        if not names:
+            raise UsageError(f"model.source: {source}: no such directory; give one in Hugging Face format, or a hub id")
+        name = names[0]
+    if name in PUBLISHED:
+        return ModelConfig.from_hf(PUBLISHED[name], source)
     return load_config(_download_config(source))
 
 

@@ -196,8 +196,11 @@ class Tensors:
         unexpected = sorted(set(self.place) - {entry.name for entry in table})
         problems += [f"unexpected {name} in {self.place[name].name}" for name in unexpected]
         if problems:
-            shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-            raise UsageError(f"{description}: the tensors beside it do not match it: {shown}. Fetch them again")
+            shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+            raise UsageError(
+                f"{description}: the tensors beside it are of another model, or not all there: {shown}. Fetch both "
+                "from one place"
+            )
 
     def tree(self, table: Sequence[Entry], shapes: Params, dtype: str, shardings: Params | None = None) -> Params:
         """The (stacked) parameters that a table names, at most one of them at a time on the host."""

@@ -56,12 +56,12 @@ class TraceStore:
         self._lock = None if read_only else self._acquire_lock()
         try:
             self._connection = self._connect()
-        except BaseException:
+        except BaseException:  # an interrupt frees the lock as well
             self._release_lock()
             raise
         try:
             self._prepare()
-        except BaseException:
+        except BaseException:  # as above
             self.close()
             raise
 

@@ -256,8 +256,8 @@ def _abandoned_reads_silenced() -> Iterator[None]:
     sys.unraisablehook = hook
     try:
         yield
-    except Exception:
-        time.sleep(1)  # until they have ended
+    except Exception:  # whichever it was, it is raised again once the others have ended
+        time.sleep(1)
         raise
     finally:
         sys.unraisablehook = shown

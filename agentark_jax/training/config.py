@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import UsageError
@@ -10,8 +11,11 @@ from agentark_jax.models.config import Lora, Remat
 Schedule = Literal["cosine", "linear", "constant"]
 ComputeDtype = Literal["float32", "bfloat16"]
 
-# They decide what is kept on disk and when, and where it is computed, not what: a resumed run may change them.
-BOOKKEEPING = ("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async", "mesh", "profile_steps")
+# They decide what is kept and reported, and where it is computed, not what: a resumed run may change them.
+BOOKKEEPING = (
+    *("checkpoint_every", "keep", "keep_every", "keep_best", "checkpoint_async"),
+    *("mesh", "profile_steps", "wandb"),
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class FitConfig:
         profile_steps: the first and the last step of which a profiler trace is written to `profile/` (TensorBoard,
             XProf or Perfetto show it); empty for none.
         mesh: how the devices are divided; changes no result beyond the order of floating-point sums.
+        wandb: the Weights & Biases project that gets the metrics too (extra `wandb`); null for none.
     """
 
     learning_rate: float = 3e-5
@@ -111,6 +116,7 @@ class FitConfig:
     compute_dtype: ComputeDtype = "float32"
     profile_steps: list[int] = field(default_factory=list)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    wandb: str | None = None
 
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
@@ -157,6 +163,12 @@ class FitConfig:
             "keep_best",
             self.keep_best,
             "false when eval_every is null; set eval_every to know which is best",
+        )
+        _require(
+            self.wandb is None or find_spec("wandb") is not None,
+            "wandb",
+            self.wandb,
+            "null where the package is not installed; get it with pip install 'agentark-jax[wandb]'",
         )
 
     def fingerprint(self) -> dict[str, Any]:

@@ -126,7 +126,8 @@ def fit(
     fresh adapters, drawn from the seed, are.
 
     Writes `checkpoints/`, `metrics.jsonl` and `tensorboard/` below `directory` and resumes from the newest checkpoint
-    there, on CPU bit by bit. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
+    there, on CPU bit by bit; with `config.wandb` the metrics also go to one run of Weights & Biases, whose id is a hash
+    of what follows. `fingerprint` (JSON-serialisable) names what the caller knows about the origin of the
     parameters; config, examples and seed are added here. `progress(steps done, steps in all, tokens)` is called after
     every step. With several processes each calls this with the same arguments, `directory` on a disk that all share,
     and reads only its rows of each batch; the result is spread over their devices. SIGTERM saves and raises
@@ -188,6 +189,7 @@ def fit(
                 config,
                 model_config,
                 directory,
+                stable_hash(identity),
                 coefficients,
                 steps,
                 mesh,
@@ -256,6 +258,7 @@ class _Run:
     config: FitConfig
     model: ModelConfig
     directory: Path
+    identity: str
     coefficients: Mapping[str, float]
     steps: int
     mesh: Mesh
@@ -275,7 +278,7 @@ class _Run:
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
         profile_from, profile_to = self.config.profile_steps or (0, 0)
         profile_from = max(profile_from, first + 1) if profile_to > first else 0
-        with MetricsLog(self.directory, first) as log, _sigterm() as terminates, ExitStack() as profile:
+        with MetricsLog(self.directory, first, self._wandb()) as log, _sigterm() as terminates, ExitStack() as profile:
             for number, batch in enumerate(clock.waiting(self._batches(self.data, first, self.steps)), first + 1):
                 if number == profile_from:
                     profile.enter_context(jax.profiler.trace(str(self.directory / "profile")))
@@ -311,6 +314,13 @@ class _Run:
                     break
                 clock.restart()
         return state
+
+    def _wandb(self) -> dict[str, Any] | None:
+        """The run of this fit at Weights & Biases: the same one however often it is resumed."""
+        if self.config.wandb is None:
+            return None
+        name = "/".join(self.directory.parts[-3:])
+        return {"project": self.config.wandb, "id": self.identity, "name": name, "config": asdict(self.config)}
 
     def _batches(self, data: PackedBatches, start: int, stop: int) -> Iterator[Any]:
         """Batches on the mesh, of each of which this process reads its own rows only."""

@@ -1,4 +1,4 @@
-"""What a fit reports while it runs: `metrics.jsonl`, one line per step, and TensorBoard events."""
+"""What a fit reports while it runs: `metrics.jsonl`, one line per step, TensorBoard events, Weights & Biases."""
 
 import json
 import time
@@ -20,14 +20,16 @@ T = TypeVar("T")
 class MetricsLog:
     """Writes below `directory`, after dropping the lines of steps after `step` (they are about to be repeated).
 
-    Of several processes the first one writes; the others' logs do nothing.
+    Of several processes the first one writes; the others' logs do nothing. `wandb` is what `wandb.init` takes, or None;
+    with the `id` of an earlier log it goes on with that one's run.
     """
 
-    def __init__(self, directory: Path, step: int) -> None:
+    def __init__(self, directory: Path, step: int, wandb: Mapping[str, Any] | None = None) -> None:
         self._path = directory / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         if not self._writes:
             return
+        self._wandb = None if wandb is None else _wandb_run(wandb)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             _truncate(self._path, step)
@@ -49,9 +51,12 @@ class MetricsLog:
             self._file.flush()
         except OSError as error:
             raise _unwritable(self._path, error) from error
-        for name, value in flatten_dict(record, sep="/").items():
-            if name != "step":
-                self._events.add_scalar(name, value, int(record["step"]))
+        values = flatten_dict(record, sep="/")
+        step = int(values.pop("step"))
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        if self._wandb is not None and step >= self._wandb.step:  # what it has cannot be replaced
+            self._wandb.log(values, step=step)
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -62,6 +67,8 @@ class MetricsLog:
         if self._writes:
             self._events.close()
             self._file.close()
+            if self._wandb is not None:
+                self._wandb.finish(exit_code=0 if error is None else 1)
 
 
 class StepClock:
@@ -104,6 +111,19 @@ class StepClock:
             "tokens_per_second": tokens / seconds,
         }
         return timing if self._peak is None else {**timing, "mfu": flops / seconds / self._peak}
+
+
+def _wandb_run(arguments: Mapping[str, Any]) -> Any:
+    # Imported here: it is not there for those who did not ask for it.
+    import wandb
+
+    try:
+        return wandb.init(**arguments, resume="allow")
+    except wandb.Error as error:
+        raise AgentArkError(
+            f"wandb: Weights & Biases cannot be used ({error}); run `wandb login`, set WANDB_MODE=offline, or set the "
+            "key to null"
+        ) from error
 
 
 def _truncate(path: Path, step: int) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jaxtyping import Array, Float
 
 from agentark_jax.models.attention import XLA, AttentionPlan
@@ -18,7 +19,6 @@ from agentark_jax.training.config import FitConfig
 from agentark_jax.training.state import FlatParams, Shardings, TrainState, learning_rates, make_optimizer, merge
 
 Metrics = dict[str, Float[Array, ""]]
-Step = Callable[[TrainState, FlatParams, Mapping[str, Any]], tuple[TrainState, Metrics]]
 Evaluation = Callable[[FlatParams, FlatParams, Mapping[str, Any]], tuple[Metrics, Metrics]]
 
 
@@ -29,7 +29,7 @@ def make_step(
     steps: int,
     shardings: Shardings,
     attention: AttentionPlan = XLA,
-) -> Step:
+) -> Wrapped:
     """(state, frozen, batch [rows, T]) → (state, metrics); the state is donated, compiled once for all batches.
 
     `shardings` (of `state_shardings`) say where the state is before and after a step, and which mesh to compute on.

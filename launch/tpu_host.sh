@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# What each host of a slice does, in the home directory where tpu_slice.sh has put `agentark/` and `run.yaml`: mounts the
+# runs, installs the package, names the other hosts, runs.
+#
+#   agentark/launch/tpu_host.sh DISK [options of agentark run …]      DISK as in tpu_slice.sh
+set -euo pipefail
+
+sudo mkdir -p /runs
+if [[ "$1" == *:* ]]; then
+  sudo apt-get install -qqy nfs-common
+  sudo mount -t nfs "$1" /runs
+else
+  device=/dev/disk/by-id/google-persistent-disk-1
+  sudo blkid "$device" >/dev/null || sudo mkfs.ext4 -q "$device"
+  sudo mount "$device" /runs
+fi
+sudo chown "$USER" /runs
+python3 -m venv venv
+venv/bin/pip install -q './agentark[tpu]'
+
+attribute() {
+  curl -sf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
+}
+
+# A run joins others only where its environment names them, and on queued resources only the metadata server does.
+hosts="$(attribute worker-network-endpoints)" # of each host its name, or name:number:address
+if [[ "$hosts" == *,* ]]; then
+  first="${hosts%%,*}"
+  commas="${hosts//[!,]/}"
+  JAX_PROCESS_ID="$(attribute agent-worker-number)"
+  export JAX_COORDINATOR_ADDRESS="${first##*:}:8476" JAX_NUM_PROCESSES="$((${#commas} + 1))" JAX_PROCESS_ID
+fi
+cd agentark
+exec ../venv/bin/agentark run --config ../run.yaml --root /runs "${@:2}"

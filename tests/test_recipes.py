@@ -1,0 +1,82 @@
+"""The recipes of `configs/`: each fits the topologies that its header names, as far as no compiler has to be asked."""
+
+from pathlib import Path
+
+import pytest
+
+from agentark_jax import preflight
+from agentark_jax.models.config import ModelConfig
+from agentark_jax.training.config import FitConfig
+from benchmarks import dry_runs
+from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
+
+NO_RECIPES = {"quickstart", "lab", LORA.stem}
+RUNS = list(dry_runs.dry_runs())
+
+
+def test_every_recipe_names_a_tpu_slice_and_gpus_for_both_ways_of_training() -> None:
+    named = {(run.recipe, run.trained, preflight.topology(run.topology).platform) for run in RUNS}
+    recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - NO_RECIPES
+    assert named == {(recipe, way, platform) for recipe in recipes for way in TRAINED for platform in ("tpu", "gpu")}
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.recipe}-{run.trained}-{run.topology}")
+def test_the_recipe_fits(run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncompiled(model: ModelConfig, fit: FitConfig, where: preflight.Topology) -> preflight.StepMemory:
+        return preflight.StepMemory(0, "nothing: what a TPU needs is in the result file")
+
+    monkeypatch.setattr(preflight, "compiled_memory", uncompiled)
+    config = run.config()
+    for fit in (config.warm_start.answer, config.warm_start.revision):
+        assert (fit.rows, fit.row_length, fit.mesh, fit.lora) == (
+            config.fit.rows,
+            config.fit.row_length,
+            config.fit.mesh,
+            config.fit.lora,
+        )
+    assert run()["fits"]
+
+
+def test_readme_shows_the_results_of_what_the_recipes_name() -> None:
+    results = dry_runs.read(RESULTS)
+    assert set(results) <= set(RUNS)
+    assert all(result["fits"] for result in results.values())
+    assert dry_runs.table(results) in README.read_text()
+
+
+def test_what_is_not_run_again_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n\n| recipe | old |\n|---|---|\n| x | y |\n\nafter\n")
+    monkeypatch.setattr(dry_runs, "RESULTS", tmp_path / "dry_runs.json")
+    monkeypatch.setattr(dry_runs, "README", readme)
+    for recipe in ("qwen3_0.6b", "qwen3_8b"):
+        assert dry_runs.main(["--platform", "gpu", "--only", recipe]) == 0
+    assert "2 of 2: qwen3_8b, adapters, 2xH100-80GB: fits, " in capsys.readouterr().err
+    assert dry_runs.main(["--table"]) == 0
+    table = capsys.readouterr().out
+    assert readme.read_text() == f"before\n\n{table}\nafter\n"
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| `qwen3_0.6b`", "| `qwen3_8b`"]
+    assert dry_runs.main(["--only", "qwen9"]) == 2
+    assert "there is no recipe 'qwen9'" in capsys.readouterr().err
+    (tmp_path / "dry_runs.json").write_text("{}")
+    assert dry_runs.main(["--platform", "gpu", "--only", "qwen3_8b"]) == 0
+    (tmp_path / "dry_runs.json").write_text("[1]")
+    assert dry_runs.main(["--table"]) == 1
+    assert "not a file of dry runs" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_or_cannot_be_run_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dry_runs, "RESULTS", tmp_path / "dry_runs.json")
+    monkeypatch.setattr(dry_runs, "README", tmp_path / "README.md")
+    (tmp_path / "README.md").write_text("")
+    small, odd = (DryRun("qwen3_8b", "all parameters", name) for name in ("1xH100-80GB", "3xH100-80GB"))
+    monkeypatch.setattr(dry_runs, "dry_runs", lambda: iter([small, odd]))
+    assert dry_runs.main([]) == 1
+    shown = capsys.readouterr().err
+    assert "DOES NOT FIT" in shown
+    assert "FAILED: fit." in shown
+    assert "**does not fit**" in dry_runs.table(dry_runs.read(tmp_path / "dry_runs.json"))

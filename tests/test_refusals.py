@@ -1,0 +1,126 @@
+"""What `agentark run` cannot carry out is one message naming place and fix, before a stage trains or generates."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from tiny_models import write_model
+
+from agentark_jax.cli import main
+from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.tasks.config import TaskConfig
+from agentark_jax.tasks.word_problems import WordProblems
+
+TINY = Path(__file__).parent / "tiny.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A run sets JAX's cache for the whole process; afterwards it is what it was."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AGENTARK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with 40 rows of padding after the last token, as Qwen's have."""
+    directory = tmp_path_factory.mktemp("good")
+    questions = WordProblems(TaskConfig()).questions("warm_start", 200)
+    train_tokenizer([text for question in questions for text in (question.prompt, question.rationale)], 400, directory)
+    return write_model(directory, Tokenizer(directory).vocabulary_size + 40, max_positions=512)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs with these arguments: the message of the refusal."""
+
+    def run(model: Path | str, *arguments: str, code: int = 2) -> str:
+        root = tmp_path / "runs"
+        where = ["--config", str(TINY), "--root", str(root), "--model.source", str(model)]
+        assert main(["run", *where, *arguments]) == code
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        finished = {path.parent.name for path in root.rglob("manifest.json")}
+        assert finished <= {"raw_model", "questions"}
+        return message
+
+    return run
+
+
+def changed(good: Path, directory: Path, **change: Any) -> Path:
+    """The good model with another config."""
+    shutil.copytree(good, directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--fit.row_length", "1024"], "fit.row_length: 1024 tokens, but"),
+        (["--warm_start.answer.row_length", "1024"], "warm_start.answer.row_length: 1024 tokens, but"),
+        (["--warm_start.revision.row_length", "1024"], "config.json has 512 positions; shorten the rows"),
+        (["--fit.freeze", "[embed]"], "fit.freeze: no parameter is called 'embed'; choose among embedding"),
+        (["--fit.mesh.data", "3"], "fit.mesh: data 3 × fsdp -1 × tensor 1 does not make up the"),
+        (["--fit.row_length", "32"], "fit.row_length is 32, but an example can take"),
+        (
+            ["--debate.max_tokens", "400", "--fit.row_length", "512", "--warm_start.revision.row_length", "2048"],
+            "the model takes 512 tokens, but a call can take",
+        ),
+        (["--questions.validation", "0"], "warm_start.answer.eval_every is 60: set questions.validation too"),
+    ],
+)
+def test_settings_that_do_not_go_with_the_model(
+    good: Path, refused: Callable[..., str], arguments: list[str], message: str
+) -> None:
+    assert message in refused(good, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "'qwen3_moe' is a mixture of experts"),
+        ({"model_type": "qwen2_5_vl", "vision_config": {}}, "'qwen2_5_vl' is a multimodal model"),
+        ({"model_type": "gemma3", "text_config": {}}, "save the text model in it, as README"),
+        ({"model_type": "phi3"}, "'phi3' is not supported; supported are"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "key quantization_config: quantised weights"),
+        ({"logit_scale": 2.0}, "unknown keys ['logit_scale']"),
+        ({"vocab_size": 390}, "says vocab_size 390: the tokenizer is not this model's"),
+        ({"intermediate_size": 64}, "the tensors beside it are of another model"),
+    ],
+)
+def test_models_that_cannot_be_used(
+    good: Path, tmp_path: Path, refused: Callable[..., str], change: dict[str, Any], message: str
+) -> None:
+    told = refused(changed(good, tmp_path / "model", **change))
+    assert message in told
+    assert str(tmp_path / "model" / "config.json") in told
+
+
+def test_files_that_cannot_be_used(good: Path, tmp_path: Path, refused: Callable[..., str]) -> None:
+    cut = changed(good, tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert f"{cut}: not a readable safetensors file" in refused(cut.parent, code=1)
+    assert "no such directory" in refused("./nowhere")
+    (tmp_path / "runs" / "tiny").rename(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "tiny").write_text("a file")
+    assert "tiny: cannot be written" in refused(good, code=1)
+
+
+def test_rows_of_padding_are_legal_and_said(
+    good: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+    monkeypatch.setattr("agentark_jax.progress.Display.say", lambda display, text: shown.append(text))
+    refused(good, "--fit.freeze", "[embed]")
+    assert any("the embedding has 40 rows more than the tokenizer has tokens" in text for text in shown)
