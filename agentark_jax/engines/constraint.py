@@ -17,10 +17,11 @@ class Constrainer:
         self.words = llguidance.numpy.allocate_token_bitmask(1, vocabulary).shape[1]
 
     def constrain(self, regex: str, stop_ids: tuple[int, ...]) -> "Constraint":
-        """A completion that begins. It may end, by a stop id, where it matches. Raises AgentArkError for a bad regex."""
+        """A completion that begins; a stop id may end it where it matches. Raises AgentArkError for a bad regex."""
         if stop_ids not in self._tokenizers:
-            ending = list(stop_ids) or None
-            self._tokenizers[stop_ids] = llguidance.LLTokenizer(self._json, n_vocab=self._vocabulary, eos_token=ending)
+            self._tokenizers[stop_ids] = llguidance.LLTokenizer(
+                self._json, n_vocab=self._vocabulary, eos_token=list(stop_ids) or None
+            )
         grammar = llguidance.LLMatcher.grammar_from_regex(regex)
         problem = llguidance.LLMatcher.validate_grammar(grammar, self._tokenizers[stop_ids])
         if problem:
