@@ -21,6 +21,7 @@ from agentark_jax.data.chat import make_format
 from agentark_jax.data.render import OWN_FIRST, Format, Layout, PlainFormat, Prompt, completion_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.engines.local import LocalEngine
+from agentark_jax.engines.sglang import SGLangEngine
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
 from agentark_jax.files import write_json
@@ -55,12 +56,11 @@ Asked = dict[str, list[Turn]]
 
 @dataclass(frozen=True)
 class Model:
-    """A model in memory, ready to generate or to be trained. `revision` identifies its files."""
+    """A model that a stage made or found. `revision` identifies its files."""
 
     directory: Path
     revision: str
     config: ModelConfig
-    params: transformer.Params
     form: Format
 
 
@@ -99,7 +99,7 @@ class Pipeline:
         self.store = store
         self.display = display
         self.task: Task = make_task(config.task, asdict(config.questions))
-        self._model: Model | None = None
+        self._held: tuple[str, transformer.Params] | None = None  # a revision and its parameters
         self._longest = 0
 
     def __call__(self) -> Outcome:
@@ -546,16 +546,24 @@ class Pipeline:
                 raise UsageError(f"{key}.{error}") from error
 
     def _load(self, stage: Manifest) -> Model:
-        """The model a stage made or found; the last one used stays in memory."""
+        """The model a stage made or found; no weight is read before it generates."""
         directory = _model_directory(stage)
-        revision = stage.counts["revision"]
-        if self._model is None or self._model.revision != revision:
-            self._model = None  # let go of the old parameters before the new ones come
+        return Model(directory, stage.counts["revision"], load_config(directory), self._format(directory))
+
+    def _engine(self, model: Model) -> LocalEngine | SGLangEngine:
+        """Who generates with a model: the servers, where the configuration names some, or this process."""
+        settings, tokenizer = self.config.engine, model.form.tokenizer
+        # What the engine's settings change in the samples, the keys of the calls must say.
+        version = "+".join([model.revision, *settings.fingerprint().values()])
+        names = {"model": self.config.model.source, "weights": version}
+        if settings.servers:
+            return SGLangEngine(settings, model.directory, tokenizer, **names)
+        if self._held is None or self._held[0] != model.revision:
+            self._held = None  # let go of the old parameters before the new ones come
             release_memory()
-            config = load_config(directory)
-            params = weights.load_params(directory, config)
-            self._model = Model(directory, revision, config, params, self._format(directory))
-        return self._model
+            self._held = model.revision, weights.load_params(model.directory, model.config)
+        context = settings.context or self._longest
+        return LocalEngine(settings, model.config, self._held[1], tokenizer, context=context, **names)
 
     def _fit(
         self,
@@ -567,7 +575,7 @@ class Pipeline:
         validation: Sequence[Example],
     ) -> None:
         """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
-        self._model = None  # training needs the room
+        self._held = None  # training needs the room
         release_memory()
         directory, revision = _model_directory(model), model.counts["revision"]
         job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
@@ -601,28 +609,18 @@ class Pipeline:
         calls: int,
     ) -> Asked:
         """Put questions to a model, all at once; the turns by question, in the order `ask` gives them."""
-        # What the engine's settings change in the samples, the keys of the calls must say.
-        version = "+".join([model.revision, *self.config.engine.fingerprint().values()])
-        engine = LocalEngine(
-            self.config.engine,
-            model.config,
-            model.params,
-            model.form.tokenizer,
-            context=self.config.engine.context or self._longest,
-            model=self.config.model.source,
-            weights=version,
-        )
         with self.display.bar(title, total=len(questions) * calls) as bar:
-            caller = Caller(
-                engine,
-                self.store,
-                model.form,
-                seed=self.seed,
-                on_turn=lambda turn, generated: bar.advance(len(_completion_ids(turn)) if generated else 0),
-            )
 
             async def everyone() -> list[list[Turn]]:
-                return await asyncio.gather(*(ask(question, caller) for question in questions))
+                async with self._engine(model) as engine:
+                    caller = Caller(
+                        engine,
+                        self.store,
+                        model.form,
+                        seed=self.seed,
+                        on_turn=lambda turn, generated: bar.advance(len(_completion_ids(turn)) if generated else 0),
+                    )
+                    return await asyncio.gather(*(ask(question, caller) for question in questions))
 
             turns = asyncio.run(everyone())
         work.tokens = sum(len(_completion_ids(turn)) for each in turns for turn in each)

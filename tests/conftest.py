@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import pytest
+import real_server
 
 from agentark_jax.data.render import PlainFormat
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
@@ -20,3 +21,17 @@ def form(tmp_path_factory) -> PlainFormat:
     texts = [text for question in questions for text in (question.prompt, question.rationale)]
     train_tokenizer(texts, 400, directory)
     return PlainFormat(Tokenizer(directory))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Two random models of one shape, with one tokenizer."""
+    directory = tmp_path_factory.mktemp("models")
+    return [real_server.make_model(directory / f"m{seed}", seed) for seed in range(2)]
+
+
+@pytest.fixture(scope="session")
+def server(models, tmp_path_factory):
+    """The URL of a real SGLang server."""
+    with real_server.serving(models[0], tmp_path_factory.mktemp("log") / "server.log") as url:
+        yield url

@@ -95,11 +95,11 @@ def at(tree: transformer.Params, path: tuple[str, ...]) -> jax.Array:
 def test_generation_uses_the_adapter(base: transformer.Params) -> None:
     whole = join(base, trained(ADAPTED))
     params, lengths = transformer.unstack(ADAPTED, whole), np.array([20, 20])
-    h, kv = transformer.prefill(ADAPTED, params, IDS[:, :20], lengths)
+    h, kv = transformer.prefill(ADAPTED, params, IDS[:, :20])
     cache = transformer.init_cache(ADAPTED, 2, 32)
     cache = transformer.insert(ADAPTED, cache, kv, lengths, jnp.arange(2), jnp.arange(2))
     following, _ = transformer.decode_step(ADAPTED, params, IDS[:, 20], lengths, cache)
-    found = transformer.logits(ADAPTED, params, jnp.stack([h, following], 1))
+    found = transformer.logits(ADAPTED, params, jnp.stack([h[:, -1], following], 1))
     np.testing.assert_allclose(found, logits(ADAPTED, whole)[:, 19:21], rtol=1e-4, atol=1e-4)
 
 

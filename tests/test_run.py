@@ -12,6 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import real_server
+
+from agentark_jax.traces.store import TraceStore
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "tiny.yaml"
@@ -277,3 +280,22 @@ def test_two_processes_make_the_run_together(tmp_path):
     results = json.loads((tmp_path / "tiny" / "results.json").read_text())
     assert results["arms"]["student"]["n"] == 16
     assert (tmp_path / "tiny" / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.sglang
+def test_a_server_generates_for_a_run(finished, tmp_path):
+    """It gets the weights of every model that the run makes; what the store holds came from it."""
+    raw = finished / "raw_model" / "model"
+    with real_server.serving(raw, tmp_path / "server.log") as url:
+        options = ("--model.source", str(raw), "--engine.servers", f"[{url}]")
+        complete(tmp_path, *options)
+        assert "Everything was up to date" in complete(tmp_path, *options)
+    with TraceStore(tmp_path / "tiny" / "traces.sqlite", read_only=True) as store:
+        assert store.verify() == []
+        turns = list(store.turns())
+    results = json.loads((tmp_path / "tiny" / "results.json").read_text())
+    assert {turn.call.weights for turn in turns} >= {base_weights(tmp_path / "tiny")}
+    assert len({turn.call.weights for turn in turns}) == 5  # what answers, the base, two students and the control
+    assert results["arms"]["student"]["n"] == 16
+    assert len([turn for turn in turns if turn.call.protocol == "debate" and turn.call.round == 1]) >= 48 * 3

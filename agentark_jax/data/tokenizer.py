@@ -96,6 +96,11 @@ class Tokenizer:
         """Whether the token is a control token, which `decode` leaves out."""
         return token_id in self._added and self._added[token_id].special
 
+    def to_json(self) -> str:
+        """The content of `tokenizer.json`."""
+        content: str = self._tokenizer.to_str()
+        return content
+
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a text; special tokens are those that it spells, none are added.
 

@@ -19,8 +19,10 @@ class Request:
 class Engine(Protocol):
     """Generates completions; many requests are in flight at once and each is answered when it is done.
 
-    `model` names the model's revision and `weights` the version of the weights in use; both are recorded with every
-    turn. The tokens of a request depend on the request and the weights alone, not on what else is in flight.
+    An engine is an async context manager and serves while it is entered. `model` names the model's revision and
+    `weights` the version of the weights in use; both are recorded with every turn. The tokens of a request depend on
+    the request and the weights alone, not on what else is in flight, where the engine honours seeds (SGLang on CPU does
+    not). With a regex, log-probabilities are those among the tokens that it allows.
     """
 
     model: str
@@ -28,4 +30,8 @@ class Engine(Protocol):
 
     async def generate(self, request: Request) -> Completion:
         """Sample one completion. Raises `AgentArkError` when the request cannot be served."""
+        ...
+
+    async def score(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities [T - 1] of each token of `ids` [T] after those before it, at temperature 1."""
         ...

@@ -1,6 +1,6 @@
-"""Settings of the embedded engine."""
+"""Settings of who generates: the embedded engine, or SGLang servers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import UsageError
@@ -8,14 +8,19 @@ from agentark_jax.errors import UsageError
 CacheDtype = Literal["float32", "bfloat16"]
 
 # They decide in what portions the work is done, not what comes out: a resumed run may change them.
-BOOKKEEPING = ("slots", "context", "chunk", "prompt_bucket")
+BOOKKEEPING = ("servers", "in_flight", "timeout", "attempts", "slots", "context", "chunk", "prompt_bucket")
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The embedded JAX engine.
+    """Who generates: SGLang servers where some are named, else the embedded JAX engine.
 
     Attributes:
+        servers: addresses of SGLang servers or routers, such as [http://host:30000]; they see the run directory under
+            the same path. The environment variable AGENTARK_SGLANG_TOKEN has their --api-key, if they have one.
+        in_flight: calls to the servers at once, in all.
+        timeout: seconds that a call to a server may take, and that calls wait for a server to become healthy.
+        attempts: how often a call that fails is tried, before its failure is recorded.
         slots: sequences decoded together in one step.
         context: longest prompt plus completion, in tokens; the cache holds slots × context positions, or slots × window
             in layers with a sliding window that is shorter. Null: as much as the run's longest call can need.
@@ -25,6 +30,10 @@ class EngineConfig:
             slightly other log-probs.
     """
 
+    servers: list[str] = field(default_factory=list)
+    in_flight: int = 256
+    timeout: float = 600.0
+    attempts: int = 5
     slots: int = 32
     context: int | None = None
     chunk: int = 32
@@ -32,9 +41,12 @@ class EngineConfig:
     cache_dtype: CacheDtype = "float32"
 
     def __post_init__(self) -> None:
-        for key in ("slots", "context", "chunk", "prompt_bucket"):
+        for url in self.servers:
+            if not url.startswith(("http://", "https://")):
+                raise UsageError(f"engine.servers: {url!r} is no address; give URLs such as http://host:30000")
+        for key in ("in_flight", "timeout", "attempts", "slots", "context", "chunk", "prompt_bucket"):
             value = getattr(self, key)
-            if value is not None and value < 1:
+            if value is not None and value < (1 if isinstance(value, int) else 0.1):
                 raise UsageError(f"engine.{key} is {value}: give a positive number.")
         if self.cache_dtype not in get_args(CacheDtype):
             raise UsageError(f"engine.cache_dtype is {self.cache_dtype!r}: choose {' or '.join(get_args(CacheDtype))}.")

@@ -23,11 +23,13 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Request
 from agentark_jax.engines.config import EngineConfig
+from agentark_jax.engines.constraint import Constrainer, Constraint
 from agentark_jax.engines.sampling import sample, uniform_at
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models import transformer
 from agentark_jax.models.attention import AttentionPlan, choose_attention, kernel_platform
 from agentark_jax.models.config import ModelConfig
+from agentark_jax.objectives.chunked import chunked_nll
 from agentark_jax.records import Completion, ids_hash
 
 logger = logging.getLogger(__name__)
@@ -69,6 +71,7 @@ class _Running:
     answer: "asyncio.Future[Completion]"
     started: float
     cached_tokens: int
+    constraint: Constraint | None
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
@@ -104,12 +107,42 @@ class LocalEngine:
         self._cache = transformer.init_cache(model_config, config.slots, context, jnp.dtype(config.cache_dtype))
         self._slots = _empty_slots(config.slots)
         self._running: dict[int, _Running] = {}
-        self._waiting: deque[tuple[Request, asyncio.Future[Completion]]] = deque()
+        self._waiting: deque[tuple[Request, Constraint | None, asyncio.Future[Completion]]] = deque()
         self._prefills: deque[_Prefill] = deque(maxlen=_REMEMBERED_PREFILLS)
         self._attention: dict[int, AttentionPlan] = {}
         self._driver: asyncio.Task[None] | None = None
+        self._constrainer: Constrainer | None = None
         self.sampled_tokens = 0
         self.prefilled_tokens = 0
+
+    async def __aenter__(self) -> "LocalEngine":
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        """There is nothing to close: what it holds is freed with it."""
+
+    def update_weights(self, params: transformer.Params, weights: str) -> None:
+        """Goes on with other parameters of the same model, under the name `weights`.
+
+        Raises AgentArkError while requests are in flight: their tokens would come from both.
+        """
+        if self._running or self._waiting:
+            raise AgentArkError(f"{len(self._running) + len(self._waiting)} requests are in flight; await them first.")
+        self._params = transformer.unstack(self._model_config, params)
+        self.weights = weights
+        self._prefills.clear()
+
+    async def score(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities [T - 1] of each token of `ids` [T] after those before it, at temperature 1.
+
+        Raises AgentArkError for ids outside the vocabulary or more than fit the context.
+        """
+        self._check_ids(ids, 0)
+        bucket = self._bucket(len(ids))
+        padded = np.zeros(bucket, np.int32)
+        padded[: len(ids)] = ids
+        found = _score(self._model_config, self._attends(bucket), self._params, padded, np.int32(len(ids)))
+        return np.asarray(found)[: len(ids) - 1]
 
     async def generate(self, request: Request) -> Completion:
         """Sample one completion.
@@ -118,25 +151,37 @@ class LocalEngine:
             AgentArkError: prompt and completion do not fit the context, or a token id is outside the vocabulary.
         """
         self._check(request)
+        constraint = self._constrained(request)
         answer: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
+        self._waiting.append((request, constraint, answer))
         if self._driver is None or self._driver.done():
             self._driver = asyncio.create_task(self._drive())
         return await answer
 
     def _check(self, request: Request) -> None:
-        length, wanted = len(request.prompt_ids), request.sampling.max_tokens
-        if length == 0 or wanted < 1:
-            raise AgentArkError(f"a request needs a prompt and max_tokens ≥ 1, not {length} and {wanted}.")
-        if length + wanted > self._context:
-            raise AgentArkError(
-                f"a prompt of {length} tokens and max_tokens {wanted} exceed engine.context {self._context}: "
-                "raise engine.context or lower max_tokens."
-            )
+        if request.sampling.max_tokens < 1:
+            raise AgentArkError(f"a request needs max_tokens ≥ 1, not {request.sampling.max_tokens}.")
         if len(request.sampling.stop_ids) > _STOP_IDS:
             raise AgentArkError(f"{len(request.sampling.stop_ids)} stop ids; the engine takes at most {_STOP_IDS}.")
-        if request.prompt_ids.min() < 0 or request.prompt_ids.max() >= self._model_config.vocab_size:
+        self._check_ids(request.prompt_ids, request.sampling.max_tokens)
+
+    def _check_ids(self, ids: np.ndarray, more: int) -> None:
+        if len(ids) == 0:
+            raise AgentArkError("a request needs a prompt.")
+        if len(ids) + more > self._context:
+            raise AgentArkError(
+                f"a prompt of {len(ids)} tokens and max_tokens {more} exceed engine.context {self._context}: "
+                "raise engine.context or lower max_tokens."
+            )
+        if ids.min() < 0 or ids.max() >= self._model_config.vocab_size:
             raise AgentArkError(f"a prompt id lies outside the vocabulary of {self._model_config.vocab_size}.")
+
+    def _constrained(self, request: Request) -> Constraint | None:
+        if request.sampling.regex is None:
+            return None
+        if self._constrainer is None:
+            self._constrainer = Constrainer(self._tokenizer, self._model_config.vocab_size)
+        return self._constrainer.constrain(request.sampling.regex, request.sampling.stop_ids)
 
     async def _drive(self) -> None:
         """Decode until nobody waits. A failure reaches every request in flight."""
@@ -148,7 +193,7 @@ class LocalEngine:
                 await asyncio.sleep(0)
             self._driver = None  # the finished task would keep this engine, and its cache, alive
         except Exception as error:
-            asking = [running.answer for running in self._running.values()] + [answer for _, answer in self._waiting]
+            asking = [running.answer for running in self._running.values()] + [answer for *_, answer in self._waiting]
             self._running.clear()
             self._waiting.clear()
             self._slots = _empty_slots(self._config.slots)
@@ -160,12 +205,12 @@ class LocalEngine:
         """Move requests from the queue into free slots."""
         free = deque(slot for slot in range(self._config.slots) if slot not in self._running)
         while free and self._waiting:
-            request, answer = self._waiting[0]
+            request, constraint, answer = self._waiting[0]
             if not answer.cancelled():
                 started = time.monotonic()
                 cached = self._insert(request.prompt_ids[:-1], free[0])
                 self._slots = _occupy(self._slots, free[0], *_slot_values(request))
-                self._running[free.popleft()] = _Running(request, answer, started, cached)
+                self._running[free.popleft()] = _Running(request, answer, started, cached, constraint)
             self._waiting.popleft()
 
     def _insert(self, body: np.ndarray, slot: int) -> int:
@@ -195,7 +240,7 @@ class LocalEngine:
         bucket = self._bucket(len(body))
         bodies = {ids_hash(body): body}
         rows = max(1, _PREFILL_TOKENS // bucket)
-        for request, answer in self._waiting:
+        for request, _, answer in self._waiting:
             if len(bodies) == rows:
                 break
             other = request.prompt_ids[:-1]
@@ -204,12 +249,10 @@ class LocalEngine:
                 if self._held(key) is None:
                     bodies[key] = other
         ids = np.zeros((rows, bucket), np.int32)
-        lengths = np.ones(rows, np.int32)
         for row, each in enumerate(bodies.values()):
             ids[row, : len(each)] = each
-            lengths[row] = len(each)
             self.prefilled_tokens += len(each)
-        kv = _prefill(self._model_config, self._attends(bucket), self._params, ids, lengths)
+        kv = _prefill(self._model_config, self._attends(bucket), self._params, ids)
         return _Prefill(kv, {key: row for row, key in enumerate(bodies)})
 
     def _attends(self, bucket: int) -> AttentionPlan:
@@ -232,15 +275,20 @@ class LocalEngine:
         return min(-(-length // self._config.prompt_bucket) * self._config.prompt_bucket, self._context)
 
     def _decode(self) -> None:
-        """Run decode steps until a slot can be refilled, all are done, or the chunk is full; deliver what ended."""
+        """Run decode steps until a slot can be refilled, all are done, or the chunk is full; deliver what ended.
+
+        While a completion is constrained it is one step, since the host has to say what may come next.
+        """
+        allowed = self._allowed()
         self._slots, self._cache, drawn = _decode_chunk(
             self._model_config,
-            self._config.chunk,
+            self._config.chunk if allowed is None else 1,
             self._params,
             self._slots,
             self._cache,
             bool(self._waiting),
             any(running.request.sampling.top_p < 1 for running in self._running.values()),
+            allowed,
         )
         ids, logprobs, counts, active = jax.device_get((drawn.ids, drawn.logprobs, drawn.counts, self._slots.active))
         for slot, running in list(self._running.items()):
@@ -248,10 +296,23 @@ class LocalEngine:
             self.sampled_tokens += count
             running.ids += ids[slot, :count].tolist()
             running.logprobs += logprobs[slot, :count].tolist()
+            if running.constraint is not None:
+                running.constraint.advance(running.ids[-1])
             if not active[slot]:
                 del self._running[slot]
                 if not running.answer.cancelled():
                     running.answer.set_result(self._completion(running))
+
+    def _allowed(self) -> np.ndarray | None:
+        """A bit for each slot and token that may come next [S, W] int32; None where nothing is constrained."""
+        constraints = {slot: running.constraint for slot, running in self._running.items() if running.constraint}
+        if not constraints:
+            return None
+        assert self._constrainer is not None
+        allowed = np.full((self._config.slots, self._constrainer.words), -1, np.int32)
+        for slot, constraint in constraints.items():
+            allowed[slot] = constraint.allowed
+        return allowed
 
     def _completion(self, running: _Running) -> Completion:
         return Completion(
@@ -310,13 +371,23 @@ def _occupy(slots: Slots, slot: Int[Array, ""], *values: Any) -> Slots:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _prefill(
+    config: ModelConfig, attention: AttentionPlan, params: transformer.Params, ids: Int[Array, "R T"]
+) -> transformer.Cache:
+    return transformer.prefill(config, params, ids, attention)[1]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(
     config: ModelConfig,
     attention: AttentionPlan,
     params: transformer.Params,
-    ids: Int[Array, "R T"],
-    lengths: Int[Array, " R"],
-) -> transformer.Cache:
-    return transformer.prefill(config, params, ids, lengths, attention)[1]
+    ids: Int[Array, " T"],
+    length: Int[Array, ""],
+) -> Float[Array, " T-1"]:
+    """Log-probability of each token after the first, given those before it; zero from `length` on."""
+    hidden = transformer.prefill(config, params, ids[None], attention)[0][0, :-1]
+    head, real = transformer.unembedding(config, params), jnp.arange(1, len(ids)) < length
+    return -chunked_nll(hidden, head, ids[1:], jnp.ones(len(ids) - 1), real, soft_cap=config.final_softcap)[1]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -340,8 +411,12 @@ def _decode_chunk(
     cache: transformer.Cache,
     queue_waits: Bool[Array, ""],
     truncates: bool,
+    allowed: Int[Array, "S W"] | None,
 ) -> tuple[Slots, transformer.Cache, _Drawn]:
-    """At most `chunk` decode steps for all slots; ends early when a slot falls free while the queue waits."""
+    """At most `chunk` decode steps for all slots; ends early when a slot falls free while the queue waits.
+
+    `allowed` has a bit for each token that a slot may sample; the others have probability zero.
+    """
     count = slots.active.sum()
 
     def go_on(carry: tuple[Any, ...]) -> Bool[Array, ""]:
@@ -352,8 +427,12 @@ def _decode_chunk(
     def step(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         index, slots, cache, drawn = carry
         hidden, cache = transformer.decode_step(config, params, slots.token, slots.position, cache)
+        logits = transformer.logits(config, params, hidden)
+        if allowed is not None:
+            ids = jnp.arange(logits.shape[1])
+            logits = jnp.where(allowed[:, ids // 32] >> (ids % 32) & 1, logits, -jnp.inf)
         token, logprob = sample(
-            transformer.logits(config, params, hidden),
+            logits,
             uniform_at(slots.seed, slots.step),
             slots.temperature,
             slots.top_p if truncates else None,

@@ -182,16 +182,12 @@ def _final_norm(config: ModelConfig, params: Params, x: Float[Array, "*B D"]) ->
 
 
 def prefill(
-    config: ModelConfig,
-    decode_params: Params,
-    ids: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    attention: AttentionPlan = XLA,
-) -> tuple[Float[Array, "B D"], Cache]:
+    config: ModelConfig, decode_params: Params, ids: Int[Array, "B T"], attention: AttentionPlan = XLA
+) -> tuple[Float[Array, "B T D"], Cache]:
     """Run prompts padded to the right; `attention` as in `hidden_states`.
 
-    Returns the final-normed hidden state of each row's last token, and per layer its keys and values [B, K, T, H]
-    (those at or after a row's length are of padding: harmless, as decoding overwrites them before it reads them).
+    Returns the final-normed hidden states, and per layer the keys and values [B, K, T, H]. Those of padding are
+    harmless: nothing before it sees it, and decoding overwrites keys and values before it reads them.
     """
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     rotations = rotation_table(config, positions, decode_params["embedding"].dtype)
@@ -201,8 +197,7 @@ def prefill(
     for layer_type, layer in zip(config.layer_types, decode_params["layers"], strict=True):
         x, kv = nnx.merge(block_graph(config, layer_type), layer)(x, rotations, attends)
         cache.append(kv)
-    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _final_norm(config, decode_params, last), tuple(cache)
+    return _final_norm(config, decode_params, x), tuple(cache)
 
 
 def init_cache(config: ModelConfig, slots: int, length: int, dtype: jax.typing.DTypeLike = jnp.float32) -> Cache:

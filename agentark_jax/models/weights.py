@@ -270,13 +270,23 @@ def load_params(
     files that cannot be read. A tied model's redundant `lm_head.weight` is allowed when it equals the embedding.
     """
     _dtype(dtype)
-    directory, table, shapes = Path(directory), tensor_table(config), param_shapes(config)
     with Tensors(safetensors_files(directory)) as tensors:
-        copy = [Entry(_HEAD, ("embedding",))] if config.tie_embeddings and _HEAD in tensors.place else []
-        tensors.check(directory / "config.json", table + copy, shapes)
-        if copy:
-            _check_head(tensors, config.vocab_size)
-        return tensors.tree(table, shapes, dtype, shardings)
+        _check(tensors, Path(directory), config)
+        return tensors.tree(tensor_table(config), param_shapes(config), dtype, shardings)
+
+
+def check_files(directory: Path, config: ModelConfig) -> None:
+    """Raises as `load_params` for files that it would refuse; reads next to nothing of them."""
+    with Tensors(safetensors_files(directory)) as tensors:
+        _check(tensors, Path(directory), config)
+
+
+def _check(tensors: Tensors, directory: Path, config: ModelConfig) -> None:
+    copied = config.tie_embeddings and _HEAD in tensors.place
+    copy = [Entry(_HEAD, ("embedding",))] if copied else []
+    tensors.check(directory / "config.json", tensor_table(config) + copy, param_shapes(config))
+    if copied:
+        _check_head(tensors, config.vocab_size)
 
 
 def _check_head(tensors: Tensors, vocabulary: int) -> None:

@@ -1,0 +1,347 @@
+"""Generation by SGLang servers over HTTP: token ids in, token ids and their log-probabilities out.
+
+Hundreds of calls are in flight; each goes to the server with the fewest. What a server answers is checked before it is
+believed, and what would kill one (an id outside the vocabulary, weights of another shape) is refused before it is sent.
+A call that fails in a way that may pass is repeated with growing, jittered pauses. A server that keeps failing gets no
+calls until it is healthy again *and* has the right weights, for a restart brings back the old ones.
+
+Written against SGLang 0.5.23; its log-probabilities of sampled tokens are at the sampling temperature, before top_p.
+"""
+
+import asyncio
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import aiohttp
+import numpy as np
+import tenacity
+
+from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.engines.base import Request
+from agentark_jax.engines.config import EngineConfig
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models.config import ModelConfig, load_config
+from agentark_jax.models.weights import check_files
+from agentark_jax.records import Completion
+
+TOKEN_VARIABLE = "AGENTARK_SGLANG_TOKEN"
+_PROBE = "Question: 12 + 7 = 19? Ünïcödé, «quotes» and\n\tspaces."
+_PAUSE = 0.5  # seconds, at first
+_FAILURES_IN_A_ROW = 3  # that close a server
+
+logger = logging.getLogger(__name__)
+
+
+class ServerFault(Exception):
+    """A failure of a server that may pass: no connection, a busy server, an answer that cannot be true."""
+
+
+@dataclass
+class _Server:
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    healthy: asyncio.Event = field(default_factory=asyncio.Event)
+    recovery: "asyncio.Task[None] | None" = None
+
+
+class SGLangEngine:
+    """Implements `Engine` on one or several servers (or routers) that all have the weights of one model directory.
+
+    Use it as an async context manager: entering checks the servers and gives them the weights.
+
+    Args:
+        directory: the model whose weights the servers shall have, on a path that they see as well.
+        model: revision of the model, recorded with every turn.
+        weights: version of the weights, known to the servers by this name. With the dtype that they compute in, where
+            that is not float32, it is recorded with every turn.
+        tokenizer: of the model; texts are decoded with it, and the servers' own must agree with it.
+    """
+
+    def __init__(
+        self, config: EngineConfig, directory: Path, tokenizer: Tokenizer, *, model: str, weights: str
+    ) -> None:
+        self.model, self.weights, self._version = model, weights, weights
+        self.retries = 0
+        self._config, self._directory, self._tokenizer = config, directory, tokenizer
+        self._model_config: ModelConfig = load_config(directory)
+        self._context = self._model_config.max_positions
+
+    async def __aenter__(self) -> "SGLangEngine":
+        """Raises UsageError for a server that is absent, has another model or tokenizer, or refuses the token."""
+        token = os.environ.get(TOKEN_VARIABLE)
+        self._session = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            timeout=aiohttp.ClientTimeout(total=self._config.timeout, sock_connect=10),
+            connector=aiohttp.TCPConnector(limit=0),
+        )
+        self._room = asyncio.Semaphore(self._config.in_flight)
+        self._servers = [_Server(url.rstrip("/")) for url in self._config.servers]
+        try:
+            check_files(self._directory, self._model_config)
+            await asyncio.gather(*(self._admit(server) for server in self._servers))
+        except ServerFault as fault:
+            await self._session.close()
+            raise UsageError(f"{fault}; start the servers first, or correct engine.servers") from fault
+        except BaseException:
+            await self._session.close()
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for server in self._servers:
+            if server.recovery is not None:
+                server.recovery.cancel()
+        await self._session.close()
+
+    async def generate(self, request: Request) -> Completion:
+        """Sample one completion.
+
+        Raises AgentArkError when the request cannot be served (too long, an id outside the vocabulary), or when the
+        servers went on failing.
+        """
+        self._check(request)
+        sampling = request.sampling
+        constraint = {} if sampling.regex is None else {"regex": sampling.regex}
+        body = {
+            "input_ids": np.asarray(request.prompt_ids).tolist(),
+            "return_logprob": True,
+            "sampling_params": {
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                "max_new_tokens": sampling.max_tokens,
+                "stop_token_ids": list(sampling.stop_ids),
+                "sampling_seed": sampling.seed % 2**63,
+                "skip_special_tokens": False,
+                **constraint,
+            },
+        }
+        started = time.monotonic()
+        answer, server = await self._call("/generate", body)
+        return self._completion(request, answer, server, time.monotonic() - started)
+
+    async def score(self, ids: np.ndarray) -> np.ndarray:
+        """Log-probabilities [T - 1] of each token of `ids` [T] after those before it, at temperature 1.
+
+        Raises as `generate`.
+        """
+        self._check_ids(ids, 0)
+        body = {
+            "input_ids": ids.tolist(),
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+        }
+        answer, server = await self._call("/generate", body)
+        found = answer["meta_info"].get("input_token_logprobs") or []
+        if [entry[1] for entry in found] != ids.tolist():
+            raise AgentArkError(f"{server.url}: scored other tokens than it was sent")
+        return np.asarray([entry[0] for entry in found[1:]], np.float32)
+
+    # Before a call
+
+    def _check(self, request: Request) -> None:
+        if request.sampling.max_tokens < 1:
+            raise AgentArkError(f"a request needs max_tokens ≥ 1, not {request.sampling.max_tokens}.")
+        self._check_ids(request.prompt_ids, request.sampling.max_tokens)
+
+    def _check_ids(self, ids: np.ndarray, more: int) -> None:
+        vocabulary = self._model_config.vocab_size
+        if len(ids) == 0:
+            raise AgentArkError("a request needs a prompt.")
+        if len(ids) + more > self._context:
+            raise AgentArkError(
+                f"a prompt of {len(ids)} tokens and max_tokens {more} exceed the servers' context of {self._context}: "
+                "lower max_tokens, or start the servers with a larger --context-length."
+            )
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise AgentArkError(f"a prompt id lies outside the vocabulary of {vocabulary}.")
+
+    # A call
+
+    async def _call(self, path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], _Server]:
+        """The checked answer of some server, after as many tries as the config allows."""
+        tries = tenacity.AsyncRetrying(
+            stop=tenacity.stop_after_attempt(self._config.attempts),
+            wait=tenacity.wait_random_exponential(multiplier=_PAUSE, max=30),
+            retry=tenacity.retry_if_exception_type(ServerFault),
+            before_sleep=self._count_retry,
+        )
+        try:
+            async with self._room:
+                return await tries(self._try, path, body)
+        except tenacity.RetryError as error:
+            fault = error.last_attempt.exception()
+            raise AgentArkError(f"{self._config.attempts} attempts failed, the last: {fault}") from fault
+
+    def _count_retry(self, state: tenacity.RetryCallState) -> None:
+        self.retries += 1
+
+    async def _try(self, path: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], _Server]:
+        server = await self._choose()
+        server.in_flight += 1
+        try:
+            answer = await self._post(server, path, body)
+            self._believe(server, answer, body)
+        except ServerFault:
+            self._note_failure(server)
+            raise
+        finally:
+            server.in_flight -= 1
+        server.failures = 0
+        return answer, server
+
+    async def _choose(self) -> _Server:
+        """The healthy server with the fewest calls; waits for one to recover as long as a call may take."""
+        waits = [asyncio.ensure_future(server.healthy.wait()) for server in self._servers]
+        try:
+            await asyncio.wait(waits, timeout=self._config.timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        healthy = [server for server in self._servers if server.healthy.is_set()]
+        if not healthy:
+            raise ServerFault(f"no server was healthy for {self._config.timeout:.0f} s")
+        return min(healthy, key=lambda server: server.in_flight)
+
+    async def _post(self, server: _Server, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The JSON object that a server answers. Raises ServerFault, or AgentArkError for a request it refuses."""
+        try:
+            async with self._session.post(server.url + path, json=body) as response:
+                status, content = response.status, await response.read()
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ServerFault(f"{server.url}: {type(error).__name__} {error}".rstrip()) from error
+        if status in (401, 403):
+            raise UsageError(f"{server.url} refuses the token: set {TOKEN_VARIABLE} to the server's --api-key")
+        if status == 429 or status >= 500:
+            raise ServerFault(f"{server.url}{path} answers {status}: {_shown(content)}")
+        if status != 200:
+            raise AgentArkError(f"{server.url}{path} refuses the request ({status}): {_shown(content)}")
+        try:
+            answer = json.loads(content)
+        except ValueError as error:
+            raise ServerFault(f"{server.url}{path}: the answer is no JSON ({error})") from error
+        if not isinstance(answer, dict):
+            raise ServerFault(f"{server.url}{path}: the answer is no object")
+        return answer
+
+    def _believe(self, server: _Server, answer: Mapping[str, Any], body: Mapping[str, Any]) -> None:
+        """Raises ServerFault for an answer that cannot be one to this request, by these weights."""
+        try:
+            meta, ids = answer["meta_info"], answer["output_ids"]
+            finish, version = meta["finish_reason"]["type"], meta["weight_version"]
+            logprobs = [entry[0] for entry in meta["output_token_logprobs"]]
+            sampled = [entry[1] for entry in meta["output_token_logprobs"]]
+            prompt, cached = int(meta["prompt_tokens"]), int(meta["cached_tokens"])
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            raise ServerFault(f"{server.url}: the answer lacks what it must have ({error!r})") from error
+        wanted = body["sampling_params"]["max_new_tokens"]
+        if finish == "abort":
+            raise ServerFault(f"{server.url}: aborted the request ({meta['finish_reason'].get('message')})")
+        if version != self._version:
+            raise ServerFault(f"{server.url}: answered with weights {version}, not {self._version}")
+        if sampled != ids or len(ids) > wanted or (wanted and not ids) or not all(isinstance(i, int) for i in ids):
+            raise ServerFault(f"{server.url}: {len(ids)} ids and {len(sampled)} log-probabilities of {wanted} tokens")
+        if ids and not 0 <= min(ids) <= max(ids) < self._model_config.vocab_size:
+            raise ServerFault(f"{server.url}: sampled an id outside the vocabulary")
+        if not all(isinstance(value, int | float) and -math.inf < value <= 1e-3 for value in logprobs):
+            raise ServerFault(f"{server.url}: a log-probability is none: {min(logprobs)} to {max(logprobs)}")
+        if prompt != len(body["input_ids"]) or not 0 <= cached <= prompt:
+            raise ServerFault(f"{server.url}: counted {prompt} prompt tokens of {len(body['input_ids'])}")
+
+    def _completion(self, request: Request, answer: Mapping[str, Any], server: _Server, seconds: float) -> Completion:
+        meta, ids = answer["meta_info"], answer["output_ids"]
+        finish: Literal["stop", "length"] = "stop" if meta["finish_reason"]["type"] == "stop" else "length"
+        return Completion(
+            ids=np.asarray(ids, np.int32),
+            logprobs=np.asarray([entry[0] for entry in meta["output_token_logprobs"]], np.float32),
+            text=self._tokenizer.decode(ids).strip(),
+            finish=finish,
+            prompt_tokens=int(meta["prompt_tokens"]),
+            cached_tokens=int(meta["cached_tokens"]),
+            seconds=seconds,
+            server=server.url,
+        )
+
+    # Servers that fail and recover
+
+    def _note_failure(self, server: _Server) -> None:
+        server.failures += 1
+        if server.failures >= _FAILURES_IN_A_ROW and server.healthy.is_set():
+            server.healthy.clear()
+            logger.warning("%s fails; it gets no calls until it is healthy again", server.url)
+            server.recovery = asyncio.create_task(self._recover(server))
+
+    async def _recover(self, server: _Server) -> None:
+        """Waits until the server is healthy, gives it the weights it should have, and lets it take part again."""
+        tries = tenacity.AsyncRetrying(
+            wait=tenacity.wait_random_exponential(multiplier=_PAUSE, max=30),
+            retry=tenacity.retry_if_exception_type((ServerFault, AgentArkError)),
+        )
+        await tries(self._admit, server)
+        logger.warning("%s is healthy again", server.url)
+
+    async def _admit(self, server: _Server) -> None:
+        """Checks a server, brings its weights up to date, and opens it for calls.
+
+        Raises UsageError for a server that will not do, ServerFault for one that fails meanwhile.
+        """
+        info = await self._get(server, "/model_info")
+        await self._check_model(server, info)
+        if info.get("weight_version") != self._version:
+            body = {"model_path": str(self._directory.resolve()), "weight_version": self._version, "flush_cache": True}
+            answer = await self._post(server, "/update_weights_from_disk", body)
+            if not answer.get("success"):
+                raise UsageError(f"{server.url}: cannot load {self._directory}: {answer.get('message')}")
+        server.failures = 0
+        server.healthy.set()
+
+    async def _check_model(self, server: _Server, info: Mapping[str, Any]) -> None:
+        served = str(info.get("model_path"))
+        if Path(served, "config.json").is_file():  # weights of another shape would kill the server
+            theirs = load_config(Path(served))
+            if theirs != self._model_config:
+                raise UsageError(
+                    f"{server.url} serves {served}, which has another shape than {self._directory}; start it with "
+                    f"--model-path {self._directory}"
+                )
+        details = await self._get(server, "/server_info")
+        dtype = details.get("dtype", "auto")
+        self.weights = self._version if dtype == "float32" else f"{self._version}+{dtype}"
+        limits = [details.get("context_length"), details.get("max_total_num_tokens")]
+        self._context = min([self._context, *(int(limit) for limit in limits if limit)])
+        answer = await self._post(server, "/tokenize", {"model": served, "prompt": _PROBE})
+        ours = list(self._tokenizer.encode(_PROBE))
+        theirs_ids = answer.get("tokens", [])
+        if theirs_ids[len(theirs_ids) - len(ours) :] != ours:  # theirs may begin with a special token
+            raise UsageError(f"{server.url} has another tokenizer than {self._directory}; start it with this model's")
+
+    async def _get(self, server: _Server, path: str) -> dict[str, Any]:
+        try:
+            async with self._session.get(server.url + path) as response:
+                content, status = await response.read(), response.status
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise ServerFault(f"{server.url} does not answer ({error})") from error
+        if status in (401, 403):
+            raise UsageError(f"{server.url} refuses the token: set {TOKEN_VARIABLE} to the server's --api-key")
+        if status != 200:
+            raise ServerFault(f"{server.url}{path} answers {status}")
+        try:
+            return dict(json.loads(content))
+        except (ValueError, TypeError) as error:
+            raise ServerFault(f"{server.url}{path}: the answer is no JSON object ({error})") from error
+
+
+def _shown(content: bytes, length: int = 300) -> str:
+    """The beginning of what a server says, printable."""
+    return "".join(letter if letter.isprintable() else " " for letter in content.decode(errors="replace")[:length])
