@@ -38,3 +38,13 @@ require_config() {
 require_positive() { # NAME VALUE
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; give a positive number."
 }
+
+# Runs a command, or prints it in a dry run.
+run() {
+  if [[ "$dry_run" == yes ]]; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}

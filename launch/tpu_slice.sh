@@ -47,15 +47,6 @@ repository="$(cd "$(dirname "$0")/.." && pwd)"
 printf -v on_host ' %q' "$DISK" "${options[@]}"
 on_host="mkdir agentark && tar -xzf agentark.tar.gz -C agentark && bash agentark/launch/tpu_host.sh$on_host"
 
-run() {
-  if [[ "$dry_run" == yes ]]; then
-    printf '%q ' "$@"
-    echo
-  else
-    "$@"
-  fi
-}
-
 create() {
   run gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id "$name" --accelerator-type "$type" \
     --runtime-version "$runtime" "${pricing[@]}" "${attached[@]}"

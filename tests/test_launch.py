@@ -67,6 +67,26 @@ def test_numbers_are_checked() -> None:
         assert f"{name} is 'many'; give a positive number" in done.stderr
 
 
+def test_servers_share_the_gpus_and_name_their_addresses() -> None:
+    variables = {"GPUS": "4", "TENSOR": "2", "PORT": "4000", "ROUTER": "yes", "AGENTARK_SGLANG_TOKEN": "t"}
+    done = launch("sglang/serve.sh", "--dry-run", "Qwen/Qwen3-8B", "--context-length", "9000", **variables)
+    first, second, router, told = done.stdout.splitlines()
+    for line, devices, port in ((first, "0\\,1", 4000), (second, "2\\,3", 4001)):
+        assert f"CUDA_VISIBLE_DEVICES={devices} " in line
+        assert "--tp-size 2 --model-path Qwen/Qwen3-8B" in line
+        assert line.strip().endswith(f"--port {port} --api-key t --context-length 9000")
+    assert "--worker-urls http://127.0.0.1:4000 http://127.0.0.1:4001" in router
+    assert told == "agentark run --engine.servers [http://127.0.0.1:4000,http://127.0.0.1:4001] …"
+    on_cpu = launch("sglang/serve.sh", "--dry-run", "m", DEVICE="cpu", GPUS="4")
+    assert "cpu_server.py --device cpu" in on_cpu.stdout
+    assert len(on_cpu.stdout.splitlines()) == 2
+    for wrong, complaint in (({"TENSOR": "3", "GPUS": "4"}, "no multiple"), ({"DEVICE": "tpu"}, "gpu or cpu")):
+        done = launch("sglang/serve.sh", "--dry-run", "m", **wrong)
+        assert done.returncode == 2
+        assert complaint in done.stderr
+    assert "--no-deps sglang==" in launch("sglang/install_cpu.sh", "--dry-run", "venv").stdout
+
+
 FAKES = {
     "sudo": 'echo "sudo $*" >>log',
     "python3": "mkdir -p venv/bin && cp fakes/agentark fakes/pip venv/bin",
@@ -105,5 +125,5 @@ def test_a_host_of_a_slice_mounts_the_runs_and_names_the_others(
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing() -> None:
-    scripts = sorted(map(str, (ROOT / "launch").glob("*.sh")))
+    scripts = sorted(map(str, (ROOT / "launch").rglob("*.sh")))
     assert subprocess.run(["shellcheck", "-x", *scripts], cwd=ROOT).returncode == 0

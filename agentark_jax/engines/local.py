@@ -29,7 +29,7 @@ from agentark_jax.errors import AgentArkError
 from agentark_jax.models import transformer
 from agentark_jax.models.attention import AttentionPlan, choose_attention, kernel_platform
 from agentark_jax.models.config import ModelConfig
-from agentark_jax.objectives.chunked import chunked_nll
+from agentark_jax.objectives.chunked import chunked_logprobs
 from agentark_jax.records import Completion, ids_hash
 
 logger = logging.getLogger(__name__)
@@ -387,7 +387,7 @@ def _score(
     """Log-probability of each token after the first, given those before it; zero from `length` on."""
     hidden = transformer.prefill(config, params, ids[None], attention)[0][0, :-1]
     head, real = transformer.unembedding(config, params), jnp.arange(1, len(ids)) < length
-    return -chunked_nll(hidden, head, ids[1:], jnp.ones(len(ids) - 1), real, soft_cap=config.final_softcap)[1]
+    return chunked_logprobs(hidden, head, ids[1:], real, soft_cap=config.final_softcap).logprobs
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=1)
