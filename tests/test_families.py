@@ -125,8 +125,8 @@ def test_logits_equal_transformers(case: Case) -> None:
 def test_prefill_and_decoding_equal_the_whole_forward(case: Case) -> None:
     params, start = transformer.unstack(case.config, case.params), 40
     lengths = np.array([start], np.int32)
-    h, kv = jax.jit(transformer.prefill, static_argnums=0)(case.config, params, case.ids[:, : start + 3], lengths)
-    found = [transformer.logits(case.config, params, h)]
+    h, kv = jax.jit(transformer.prefill, static_argnums=0)(case.config, params, case.ids[:, : start + 3])
+    found = [transformer.logits(case.config, params, h[:, start - 1])]
     cache = transformer.init_cache(case.config, 1, 64)
     cache = transformer.insert(case.config, cache, kv, lengths, jnp.array([0]), jnp.array([0]))
     step = jax.jit(transformer.decode_step, static_argnums=0, donate_argnums=4)

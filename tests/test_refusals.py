@@ -74,8 +74,8 @@ def changed(good: Path, directory: Path, **change: Any) -> Path:
         (["--fit.mesh.data", "3"], "fit.mesh: data 3 × fsdp -1 × tensor 1 does not make up the"),
         (["--fit.row_length", "32"], "fit.row_length is 32, but an example can take"),
         (
-            ["--debate.max_tokens", "400", "--fit.row_length", "512", "--warm_start.revision.row_length", "2048"],
-            "the model takes 512 tokens, but a call can take",
+            ["--debate.max_tokens", "500", "--fit.row_length", "2048", "--warm_start.revision.row_length", "4096"],
+            "the model takes 512 tokens, but a call of a debate, without what it quotes, can take",
         ),
         (["--questions.validation", "0"], "warm_start.answer.eval_every is 60: set questions.validation too"),
     ],

@@ -182,21 +182,26 @@ class Tensors:
 
     def check(self, description: Path, table: Sequence[Entry], shapes: Params) -> None:
         """Raises UsageError listing what is missing, unexpected or misshaped against a table and its tree's shapes."""
-        problems = list(self.repeated)
+        missing = [f"missing {entry.name}" for entry in table if entry.name not in self.place]
+        misshaped = []
         for entry in table:
             if entry.name not in self.place:
-                problems.append(f"missing {entry.name}")
                 continue
             file, tensor = self.place[entry.name].name, self[entry.name]
             found, shape = tuple(tensor.get_shape()), entry.file_shape(tuple(_leaf(shapes, entry.path).shape))
             if found != shape:
-                problems.append(f"misshaped {entry.name} in {file}: {found}, expected {shape}")
+                misshaped.append(f"misshaped {entry.name} in {file}: {found}, expected {shape}")
             elif tensor.get_dtype() not in ("F32", "BF16", "F16"):
-                problems.append(f"{entry.name} in {file} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
-        unexpected = sorted(set(self.place) - {entry.name for entry in table})
-        problems += [f"unexpected {name} in {self.place[name].name}" for name in unexpected]
-        if problems:
-            shown = "; ".join(problems[:6]) + (f"; and {len(problems) - 6} more" if len(problems) > 6 else "")
+                misshaped.append(f"{entry.name} in {file} has dtype {tensor.get_dtype()}, not F32, BF16 or F16")
+        names = sorted(set(self.place) - {entry.name for entry in table})
+        unexpected = [f"unexpected {name} in {self.place[name].name}" for name in names]
+        kinds = [self.repeated, missing, misshaped, unexpected]
+        if any(kinds):
+            shown = "; ".join(
+                "; ".join(kind[:4]) + (f"; and {len(kind) - 4} more of this kind" if len(kind) > 4 else "")
+                for kind in kinds
+                if kind
+            )
             raise UsageError(
                 f"{description}: the tensors beside it are of another model, or not all there: {shown}. Fetch both "
                 "from one place"
