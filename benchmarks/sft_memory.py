@@ -37,7 +37,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
     config = load_config(model)
     before = environment()
     measured, ratios, checks = [], [], []
-    for sizes in [Sizes(2, 256, 2)] if quick else [Sizes(4, 512), Sizes(8, 1024)]:
+    for sizes in [Sizes(2, 256, 2)] if quick else [Sizes(4, 512), Sizes(8, 1024, 2)]:
         shape = f"{sizes.batch} × {sizes.length}"
         setup = {
             **asdict(sizes),
@@ -74,7 +74,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
         title="Memory of a full fine-tuning step beyond 16 bytes per parameter",
         quick=quick,
         model={"name": name, "model_type": config.model_type},
-        sizes={"head_parameters": head_params(config), "steps": sizes.steps},
+        sizes={"head_parameters": head_params(config)},
         measured=measured,
         ratios=ratios,
         checks=checks,
