@@ -5,6 +5,7 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
+from agentark_jax.arms import ARMS
 from agentark_jax.config import FITS, RunConfig
 from agentark_jax.data.render import Layout, Prompt
 from agentark_jax.errors import UsageError
@@ -12,7 +13,8 @@ from agentark_jax.generation import Model, Seat
 from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
 from agentark_jax.protocols.config import DebateConfig
-from agentark_jax.protocols.debate import longest_prompt
+from agentark_jax.protocols.debate import longest_dialogue, longest_prompt
+from agentark_jax.protocols.single import hinted
 from agentark_jax.records import Question
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, make_mesh
@@ -22,7 +24,7 @@ from agentark_jax.training.state import partition
 def check_lengths(
     config: RunConfig, raw: Model, seats: Sequence[Seat], layout: Layout, questions: Mapping[str, list[Question]]
 ) -> int:
-    """The longest call of a debate in tokens, prompt and completion, as far as models take that many.
+    """The longest call of a debate or a student in tokens, prompt and completion, as far as models take that many.
 
     Args:
         raw: the run's own model.
@@ -49,13 +51,21 @@ def check_lengths(
         min(together + answer_limit, raw.config.max_positions),
         *(_longest_call(model, asked, settings, stretch) for model in models),
     )
+    learned = longest_dialogue(form, config.debate) if "dialogue" in config.learned else answer_limit
+    longest = max(longest, min(alone + learned, raw.config.max_positions))
+    if "hinted" in config.learned:
+        for model in models:
+            told = max(_length(hinted(question, model.form)) for question in questions["debate"])
+            longest = max(longest, min(told + answer_limit, model.config.max_positions))
+    if not all(ARMS[name].generated for name in config.learned):
+        learned = max(learned, *(len(form.response(question.rationale)) for question in questions["debate"]))
     room = max(longest, min(config.methods.context, raw.config.max_positions) if config.methods.chosen() else 0)
     needed = {
         "debate.max_tokens": (answer_limit, gold, "the longest gold rationale of the warm start"),
-        "engine.context": (config.engine.context, room, "the longest call of a debate or a method"),
+        "engine.context": (config.engine.context, room, "the longest call of a debate, a method or a student"),
         "warm_start.answer.row_length": (config.warm_start.answer.row_length, alone + gold, "an example"),
         "warm_start.revision.row_length": (config.warm_start.revision.row_length, together + gold, "an example"),
-        "fit.row_length": (config.fit.row_length, alone + answer_limit, "an example"),
+        "fit.row_length": (config.fit.row_length, alone + learned, "an example"),
     }
     short = [
         f"{key} is {given}, but {what} can take {wanted} tokens"

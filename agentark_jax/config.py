@@ -11,6 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from agentark_jax.arms import CONTROL, CONTROLS, STUDENT, check_arms, data_of
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.weighting import ANSWER, COMPLETION, REASONING
 from agentark_jax.engines import config as engines
@@ -112,6 +113,13 @@ class RunConfig:
             run out. The student is the base model all the same.
         methods: further ways to answer with several calls, evaluated beside the debate.
         select: which trajectories are kept.
+        arms: students beside the debate's own, each trained on other data and compared with it. Controls have its
+            questions and as many and as long trajectories of each: `control` (correct round-1 answers), `samples`
+            (independent samples), `self_refine` (no peers in sight), `other_peers` (peers' answers are of another
+            question), `hinted` (agents know the right answer), `majority` and `random` (no gold answer decides what is
+            kept). Unmatched, for as many steps: `samples_budget` (all correct samples that the debate's tokens pay
+            for), `vote_filtered` (samples that agree with their vote), `gold` (the task's rationales), `answer_only`,
+            and any `select.variant`. `A_after_B` trains on the data of A from B's student on.
         fit: how every arm is trained on its trajectories.
         curve: further students trained on these shares of the debated questions, each in (0, 1); their accuracy
             against the number of trajectories is a curve in the report.
@@ -131,6 +139,7 @@ class RunConfig:
     team: list[AgentConfig] = field(default_factory=list)
     methods: MethodsConfig = field(default_factory=MethodsConfig)
     select: SelectionConfig = field(default_factory=SelectionConfig)
+    arms: list[str] = field(default_factory=lambda: [CONTROL])
     fit: FitConfig = field(default_factory=FitConfig)
     curve: list[float] = field(default_factory=list)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -142,10 +151,28 @@ class RunConfig:
             raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
             raise UsageError(f"curve is {self.curve}: give different shares of the questions, each between 0 and 1.")
+        check_arms(self.arms)
         if self.debate.aggregation == "weighted" and any(agent.api == "openai" for agent in self.team):
             raise UsageError(
                 "debate.aggregation is weighted, which needs log-probabilities, and an agent of the team is behind an "
                 "OpenAI endpoint, which has none: choose majority."
+            )
+        if "summary" in self.learned and self.debate.aggregation != "summariser":
+            raise UsageError(
+                f"select.variant or one of arms is summary, but debate.aggregation is {self.debate.aggregation}: set "
+                "that to summariser, or choose another variant."
+            )
+        matched = [name for name in map(data_of, self.arms) if name in CONTROLS and CONTROLS[name].matched]
+        told = [name for name in matched if CONTROLS[name].variant is not None]
+        if self.select.variant == "dialogue" and told:
+            raise UsageError(
+                f"select.variant is dialogue and {told[0]} is among arms: a single answer is never as long as a "
+                "dialogue, so they cannot be matched. Choose other arms, such as self_refine, or set arms to []."
+            )
+        if "dialogue" in self.learned and self.debate.rounds < 2:
+            raise UsageError(
+                "select.variant or one of arms is dialogue, but debate.rounds is 1, so no answer responds to another: "
+                "set that to 2 or more, or choose another variant."
             )
         for key in FITS:
             fit: FitConfig = attrgetter(key)(self)
@@ -159,6 +186,11 @@ class RunConfig:
                     f"{key}.coefficients is {fit.coefficients}: the loss term is completion, or in fit the two terms "
                     "reasoning and answer."
                 )
+
+    @property
+    def learned(self) -> set[str]:
+        """The variant of the student and the names of the data of all other arms."""
+        return {self.select.variant, *map(data_of, self.arms)} - {STUDENT}
 
     @property
     def directory(self) -> Path:

@@ -14,3 +14,9 @@ class UsageError(AgentArkError):
     """What the user asked for cannot be done as written: a config key, a value, an input file (exit code 2)."""
 
     exit_code = 2
+
+
+def require(holds: bool, key: str, value: object, wanted: str) -> None:
+    """Raises UsageError for the value of a key that is not what is wanted."""
+    if not holds:
+        raise UsageError(f"{key}: {value!r} is not possible; it must be {wanted}")

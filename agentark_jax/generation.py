@@ -132,10 +132,11 @@ class Generation:
         engines: dict[Place, Engine] = {}
         for seat in seats:
             if _place(seat) not in engines:
-                engines[_place(seat)] = await stack.enter_async_context(self._engine(seat, context))
+                engines[_place(seat)] = await stack.enter_async_context(self.engine(seat, context))
         return engines
 
-    def _engine(self, seat: Seat, context: int) -> LocalEngine | SGLangEngine | OpenAIEngine:
+    def engine(self, seat: Seat, context: int) -> LocalEngine | SGLangEngine | OpenAIEngine:
+        """The engine of a seat, to be entered; `context` as for `ask`."""
         model, tokenizer = seat.model, seat.model.form.tokenizer
         settings = replace(self._config, servers=list(seat.servers))
         if seat.api == "openai":

@@ -7,7 +7,7 @@ in the run's trace store, under keys that say everything they depend on, so no s
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -16,71 +16,50 @@ from typing import Any
 
 import numpy as np
 
+from agentark_jax.arms import ARMS, STUDENT, Arm, Source, data_of, start_of
+from agentark_jax.cast import Agents, Cast, model_directory
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
-from agentark_jax.data.chat import make_format
-from agentark_jax.data.config import PromptConfig
-from agentark_jax.data.render import (
-    OWN_FIRST,
-    Format,
-    Layout,
-    PlainFormat,
-    completion_example,
-    turn_example,
-)
+from agentark_jax.data.render import OWN_FIRST, Format, PlainFormat, completion_example, dialogue_example, turn_example
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
-from agentark_jax.data.weighting import REASONING, reasoning_and_answer, weigh
+from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answer, weigh
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
 from agentark_jax.files import write_json
-from agentark_jax.generation import Asked, Generation, Model, Seat
+from agentark_jax.generation import Asked, Generation, Seat
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
-from agentark_jax.protocols.config import AgentConfig, DebateConfig
-from agentark_jax.protocols.debate import debate
+from agentark_jax.protocols.config import DebateConfig
+from agentark_jax.protocols.debate import debate, longest_dialogue
 from agentark_jax.protocols.methods import Settings, carry_out
 from agentark_jax.protocols.peers import PeerSource, another_question, noise, real
-from agentark_jax.protocols.single import answer
+from agentark_jax.protocols.single import answer, explain
 from agentark_jax.protocols.table import Pool, Result
-from agentark_jax.records import DEBATE, DEBATER, Example, Question, Turn, stable_hash
+from agentark_jax.records import DEBATE, DEBATER, Example, Grade, Label, Question, Turn, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, read_manifest
+from agentark_jax.tasks.items import answered
 from agentark_jax.tasks.overlap import overlaps
 from agentark_jax.tasks.task import Task, make_task
 from agentark_jax.traces import exchange
 from agentark_jax.traces import labels as labelling
-from agentark_jax.traces.matching import compare, match_tokens
-from agentark_jax.traces.selection import Selection, load_selection, save_selection, subset
+from agentark_jax.traces.matching import match, within_budget
+from agentark_jax.traces.selection import Selection, check_filled, load_selection, save_selection, subset
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.job import Job, train
+from agentark_jax.training.job import Job, for_steps, train
 from agentark_jax.training.state import partition
 
 WARM_START, GREEDY, SAMPLED = "warm_start", "single_greedy", "single_sampled"
-STUDENT, CONTROL = "student", "control"
 
 # What a run can stop after; each part needs the ones before it.
 PARTS = WARM_UP, DEBATE_PART, SELECT, FIT, EVERYTHING = "warm-start", "debate", "select", "fit", "everything"
 SHARDS = "shards"
 REMOVED = "checkpoints.removed"
-
-
-@dataclass(frozen=True)
-class Agents:
-    """Who debates: the base, the team's own models where it has any, and a seat for each agent."""
-
-    base: Manifest
-    team: Manifest | None
-    seats: tuple[Seat, ...]
-
-    @property
-    def inputs(self) -> dict[str, Manifest]:
-        """The stages that their answers depend on."""
-        return {"base": self.base} if self.team is None else {"base": self.base, "team": self.team}
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,6 @@ class Outcome:
     questions: dict[str, list[Question]]
     manifests: list[Manifest]
     evaluated: dict[str, Evaluated]
-    selections: dict[str, Selection]
     debated: list[labelling.LabelledTurn]
     evaluated_debate: list[labelling.LabelledTurn]
 
@@ -118,47 +96,44 @@ class Pipeline:
         self.display = display
         self.task: Task = make_task(config.task, asdict(config.questions))
         self.generation = Generation(config.engine, store, display, seed=seed)
-        self._formats: dict[tuple[Path, PromptConfig], Format] = {}  # reading a large tokenizer takes seconds
+        self.cast = Cast(config)
         self._longest = 0
 
     def __call__(self, until: str = EVERYTHING) -> Outcome | None:
         """Produce every stage that is not up to date; None where `until`, one of `PARTS`, is not the last of them."""
         raw, team = self.prepare_model(), self.prepare_team()
         questions_stage, questions = self.prepare_questions()
-        form = self._form(raw)
+        form = self.cast.form(raw)
         if form.tokenizer.unused_rows:
             rows = form.tokenizer.unused_rows
             self.display.say(
                 f"the embedding has {rows} rows more than the tokenizer has tokens: padding, left as it is"
             )
-        model = self._model(raw, form)
-        self._longest = check_lengths(self.config, model, self._seats(model, team), self._layout(), questions)
-        check_fits(self.config, _directory(raw))
+        model = self.cast.model(raw, form)
+        self._longest = check_lengths(self.config, model, self.cast.seats(model, team), self.cast.layout(), questions)
+        check_fits(self.config, model_directory(raw))
         base = self.warm_start(raw, form, questions_stage, questions)
         if until == WARM_UP:
             return None
-        agents = Agents(base, team, self._seats(self._model(base, form), team))
-        debate_stage, debated = self.debate(agents, questions_stage, questions["debate"])
+        agents = Agents(base, team, self.cast.seats(self.cast.model(base, form), team))
+        spoken = {source: self.speak(source, agents, questions_stage, questions["debate"]) for source in self.sources()}
         if until == DEBATE_PART:
             return None
-        select_stage, selections = self.select(debate_stage, debated)
+        selections = self.select(spoken)
         if until == SELECT:
             return None
-        students = {
-            name: self.distil(name, base, form, select_stage, selections[name], questions) for name in selections
-        }
+        students = self.distil_all(base, form, selections, questions["debate"])
         if until == FIT:
             return None
         evaluated, evaluated_debate = self.evaluate(agents, form, students, questions_stage, questions["held_out"])
         return Outcome(
             self.seed,
             self.run.directory,
-            load_config(_directory(base)),
+            load_config(model_directory(base)),
             questions,
             list(self.run.manifests),
             evaluated,
-            selections,
-            debated,
+            [turn for turn in spoken["debate"][1] if turn.role == DEBATER],
             evaluated_debate,
         )
 
@@ -302,8 +277,15 @@ class Pipeline:
 
         def build_samples(work: Work) -> None:
             draw = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
-            seat = self._seat(self._model(taught, form))
-            turns = self._sample(work, "sample own answers", seat, second, draw, settings.peers, WARM_START)
+            turns, _ = self._sample(
+                work,
+                "sample own answers",
+                seats=[self.cast.seat(self.cast.model(taught, form))],
+                questions=second,
+                draw=draw,
+                samples=settings.peers,
+                protocol=WARM_START,
+            )
             self._label(turns)
             (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
 
@@ -340,7 +322,7 @@ class Pipeline:
                 "fit": settings.revision.fingerprint(),
                 "revisions": settings.revisions,
                 "seed": self.seed,
-                **({} if self._layout() == OWN_FIRST else {"layout": asdict(self._layout())}),
+                **({} if self.cast.layout() == OWN_FIRST else {"layout": asdict(self.cast.layout())}),
             },
             inputs={"model": taught, "samples": sampled},
         )
@@ -352,7 +334,7 @@ class Pipeline:
         ids = list(answers.values())
         own = index % len(ids)
         others = [peer for peer in range(len(ids)) if peer != own]
-        layout = replace(self._layout(), agents=(own + 1, *(peer + 1 for peer in others)))
+        layout = replace(self.cast.layout(), agents=(own + 1, *(peer + 1 for peer in others)))
         prompt = form.revision(question, ids[own], [ids[peer] for peer in others], layout=layout)
         return completion_example(
             prompt,
@@ -362,15 +344,34 @@ class Pipeline:
             trace_keys=list(answers),
         )
 
-    def debate(
-        self, agents: Agents, drawn: Manifest | str, questions: list[Question]
+    def speak(
+        self, source: Source, agents: Agents, drawn: Manifest | str, questions: list[Question]
     ) -> tuple[Manifest, list[labelling.LabelledTurn]]:
-        """Let the agents debate the debate split; label every turn."""
+        """Let the agents debate the debate split, or say what other arms learn from; label every turn."""
         settings = self.config.debate
+        draw = Draw(settings.temperature, settings.max_tokens)
+        title = "debate" if source == "debate" else f"turns of {source}"
+        config: dict[str, Any]
+        if source in ("samples", "hinted"):
+            # As many calls as a debate makes; an agent that knows the answer needs no second chance.
+            samples = settings.agents * (settings.rounds if source == "samples" else 1)
+            how = answer if source == "samples" else explain
+            config = {"protocol": source, "samples": samples, **asdict(draw)}
+            generate = partial(self._sample, seats=agents.seats, draw=draw, samples=samples, protocol=source, how=how)
+        else:
+            if source != "debate" and self.config.select.variant != "summary":
+                settings = replace(settings, aggregation="majority")  # nobody learns from the last call
+            if source == "self_refine":
+                settings = replace(settings, topology="none")
+            elif source == "other_peers":
+                settings = replace(settings, peers="other")
+            config = {"debate": asdict(settings)}
+            generate = partial(self._debate_all, seats=agents.seats, settings=settings)
 
         def build(work: Work) -> None:
-            self._gather_shards()
-            turns, _ = self._debate_all(work, "debate", agents.seats, questions, settings.rounds)
+            if source == "debate":
+                self._gather_shards()
+            turns = generate(work, title, questions=questions)[0]
             labels = self._label(turns)
             (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
             work.counts["verdicts"] = {
@@ -379,19 +380,19 @@ class Pipeline:
             }
 
         stage = self.run.produce(
-            "debate",
+            "debate" if source == "debate" else f"turns_{source}",
             build,
             version=1,
             config={
                 **self.config.engine.fingerprint(),
-                "debate": asdict(settings),
+                **config,
                 "seed": self.seed,
                 "grader": self.task.grader_id,
-                **self._team_slice(),
+                **self.cast.team_slice(),
             },
             inputs={**agents.inputs, "questions": drawn},
         )
-        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage), role=DEBATER)
+        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
 
     def debate_shard(self, whole: Path, shard: int, shards: int) -> None:
         """Debate one worker's share of the questions with the base that the run in the directory `whole` has made.
@@ -402,13 +403,13 @@ class Pipeline:
         if raw is None or base is None:
             raise UsageError(f"{whole} has no finished base: make it with `agentark warm-start` and this config first.")
         splits, team = self._splits(), self.prepare_team()
-        model = self._model(raw, self._form(raw))
-        self._longest = check_lengths(self.config, model, self._seats(model, team), self._layout(), splits)
+        model = self.cast.model(raw, self.cast.form(raw))
+        self._longest = check_lengths(self.config, model, self.cast.seats(model, team), self.cast.layout(), splits)
         mine = [question for question in splits["debate"] if exchange.shard_of(question.id, shards) == shard]
         self.display.say(f"{len(mine)} of {len(splits['debate'])} questions")
         self.store.put_questions(mine)
-        agents = Agents(base, team, self._seats(self._model(base, model.form), team))
-        self.debate(agents, stable_hash([question.id for question in mine]), mine)
+        agents = Agents(base, team, self.cast.seats(self.cast.model(base, model.form), team))
+        self.speak("debate", agents, stable_hash([question.id for question in mine]), mine)
 
     def _gather_shards(self) -> None:
         """Add what workers have said so far to the store: none of it is asked again."""
@@ -417,64 +418,123 @@ class Pipeline:
                 added = exchange.merge(self.store, str(path), bar.more)
             self.display.say(f"{path.parent.name}: {added:,} turns added")
 
+    def arms(self) -> dict[str, Arm]:
+        """What the arms beside the student learn from, by the name of their data."""
+        return {name: ARMS[name] for name in map(data_of, self.config.arms) if name != STUDENT}
+
+    def sources(self) -> list[Source]:
+        """Whose turns are learned from: the debate's first."""
+        return list(dict.fromkeys(["debate", *(each.source for each in self.arms().values() if each.generated)]))
+
     def select(
-        self, debated: Manifest, rows: Sequence[labelling.LabelledTurn]
-    ) -> tuple[Manifest, dict[str, Selection]]:
-        """Choose the trajectories of the student and, matched in tokens, those of its single-agent control."""
+        self, spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]]
+    ) -> dict[str, Selection]:
+        """Choose the trajectories of the student and of the arms, and match those arms to it that are controls."""
         settings = self.config.select
-        names = [STUDENT, CONTROL, *(_share_name(share) for share in self.config.curve)]
+        arms = {name: each for name, each in self.arms().items() if each.generated}
+        controls = [name for name, each in arms.items() if each.matched]
+        names = [STUDENT, *arms, *(share_name(share) for share in self.config.curve)]
+
+        def choose(each: Arm) -> Selection:
+            rows = spoken[each.source][1]
+            if each.budget:
+                rows = within_budget(rows, spoken["debate"][1])
+            whole = replace(settings, limit=None, fraction=1.0)
+            if each.variant is not None:
+                whole = replace(whole, variant=each.variant, per_question=None)
+            return select(rows, whole, self.store.completions)
 
         def build(work: Work) -> None:
-            student = select(rows, settings, self.store.completions)
-            alone = replace(settings, variant="round1_only", per_question=settings.taken)
-            control = select(rows, alone, self.store.completions)
-            match = match_tokens(student, control, settings.seed)
-            chosen = {STUDENT: match.a, CONTROL: match.b}
-            chosen |= {_share_name(share): subset(match.a, share, settings.seed) for share in self.config.curve}
+            chosen = {STUDENT: select(spoken["debate"][1], settings, self.store.completions)}
+            chosen |= {name: choose(each) for name, each in arms.items()}
+            for name, selection in chosen.items():
+                check_filled(name, selection)
+            matched = match({name: chosen[name] for name in (STUDENT, *controls)}, settings.seed)
+            chosen |= matched.selections
+            for share in self.config.curve:
+                chosen[share_name(share)] = subset(chosen[STUDENT], share, settings.seed)
             for name, selection in chosen.items():
                 save_selection(selection, work.directory / f"{name}.parquet")
-            work.counts = {name: selection.figures for name, selection in chosen.items()}
-            work.counts[CONTROL]["beside_student"] = compare(match.a, match.b)
+            work.counts = {
+                "selections": {name: selection.figures for name, selection in chosen.items()},
+                "matched": matched.figures if controls else None,
+            }
 
         stage = self.run.produce(
             "select",
             build,
-            version=2,
-            config={"select": asdict(settings), "curve": self.config.curve},
-            inputs={"debate": debated},
+            version=3,
+            config={"select": asdict(settings), "curve": self.config.curve, "arms": list(arms)},
+            inputs={source: manifest for source, (manifest, _) in spoken.items()},
         )
-        return stage, {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
+        return {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
+
+    def distil_all(
+        self, base: Manifest, form: Format, selections: Mapping[str, Selection], questions: Sequence[Question]
+    ) -> dict[str, Manifest]:
+        """Every arm's student; all start from the base but those that go on from another arm's."""
+        by_id = {question.id: question for question in questions}
+        students = {STUDENT: self.distil(STUDENT, base, form, selections[STUDENT], by_id)}
+        steps = students[STUDENT].counts["steps"]
+        asked = sorted({trajectory.question_id for trajectory in selections[STUDENT].trajectories})
+        arms = self.arms()
+        for name in self.config.arms:
+            data, start = data_of(name), start_of(name)
+            as_student = data == STUDENT or arms[data].matched
+            students[name] = self.distil(
+                name,
+                base if start is None else students[start],
+                form,
+                selections[data] if data in selections else [by_id[question_id] for question_id in asked],
+                by_id,
+                steps=None if as_student else steps,
+            )
+        for share in self.config.curve:
+            name = share_name(share)
+            students[name] = self.distil(name, base, form, selections[name], by_id)
+        return students
 
     def distil(
         self,
         name: str,
-        base: Manifest,
+        start: Manifest,
         form: Format,
-        selected: Manifest,
-        selection: Selection,
-        questions: Mapping[str, list[Question]],
+        learned: Selection | Sequence[Question],
+        questions: Mapping[str, Question],
+        *,
+        steps: int | None = None,
     ) -> Manifest:
-        """R-SFT (AgentArk §2.1): the base learns the selected trajectories on the question alone, no peers in sight."""
-        by_id = {question.id: question for question in questions["debate"]}
+        """R-SFT (AgentArk §2.1): a model learns trajectories on the question alone, no peers in sight.
+
+        Args:
+            start: the stage that has the model.
+            learned: trajectories, or questions whose own rationales or answers are learned.
+            questions: those of the trajectories, by id.
+            steps: train for so many, however many epochs they take; None: for the configured epochs.
+        """
+        weighting: Weighting = "tokens"
+        if isinstance(learned, Selection):
+            weighting = replace(self.config.select, variant=learned.variant).weighs
+            if steps is None:  # as the student
+                weighting = self.config.select.weighs
+            content = stable_hash([[t.turn_key for t in learned.trajectories], learned.variant])
+        else:
+            content = stable_hash(
+                [name, self.task.grader_id, [[each.id, each.rationale, each.answer] for each in learned]]
+            )
 
         def build(work: Work) -> None:
-            chosen = {trajectory.turn_key: trajectory for trajectory in selection.trajectories}
-            examples = {
-                turn.key: turn_example(
-                    form,
-                    by_id[turn.call.question_id],
-                    turn,
-                    variant=selection.variant,
-                    trace_keys=chosen[turn.key].trace_keys,
-                )
-                for turn in self.store.turns(keys=chosen, errors=False)
-            }
-            learned = weigh([examples[key] for key in chosen], self.config.select.weighs)
+            examples = (
+                self._said(learned, form, questions)
+                if isinstance(learned, Selection)
+                else self._written(work, data_of(name), learned, form)
+            )
+            examples = weigh(examples, weighting)
             if self.config.fit.coefficients.keys() >= {REASONING}:
-                learned = [reasoning_and_answer(example, form.tokenizer) for example in learned]
-            self._fit(work, f"distil {name}", self.config.fit, base, learned, [])
+                examples = [reasoning_and_answer(example, form.tokenizer) for example in examples]
+            config = self.config.fit if steps is None else for_steps(self.config.fit, examples, steps)
+            self._fit(work, f"distil {name}", config, start, examples, [])
 
-        content = stable_hash([[t.turn_key for t in selection.trajectories], selection.variant])
         return self.run.produce(
             name,
             build,
@@ -482,10 +542,46 @@ class Pipeline:
             config={
                 "fit": self.config.fit.fingerprint(),
                 "seed": self.seed,
-                **({} if self.config.select.weighs == "tokens" else {"weighting": self.config.select.weighs}),
+                **({} if weighting == "tokens" else {"weighting": weighting}),
+                **({} if steps is None else {"steps": steps}),
             },
-            inputs={"base": base, "trajectories": content},
+            inputs={"base": start, "trajectories": content},
         )
+
+    def _said(self, selection: Selection, form: Format, questions: Mapping[str, Question]) -> list[Example]:
+        """An example of every trajectory, in their order."""
+        chosen = {trajectory.turn_key: trajectory for trajectory in selection.trajectories}
+        example = turn_example
+        if selection.variant == "dialogue":
+            told = {key for trajectory in selection.trajectories for key in trajectory.trace_keys}
+            example = partial(dialogue_example, parents={turn.key: turn for turn in self.store.turns(keys=told)})
+        examples = {
+            turn.key: example(
+                form,
+                questions[turn.call.question_id],
+                turn,
+                variant=selection.variant,
+                trace_keys=chosen[turn.key].trace_keys,
+            )
+            for turn in self.store.turns(keys=chosen, errors=False)
+        }
+        return [examples[key] for key in chosen]
+
+    def _written(self, work: Work, name: str, questions: Sequence[Question], form: Format) -> list[Example]:
+        """An example of what the task itself says of each question, where its grader can read that."""
+        whole = ARMS[name].source == "rationales"
+        texts = {each.id: each.rationale if whole else answered("", each.answer) for each in questions}
+        readable = [each for each in questions if self.task.grade(each, texts[each.id]).verdict == "right"]
+        if not readable:
+            raise AgentArkError(
+                f"arms: {self.task.grader_id} can read none of the {len(questions)} texts that {name} would learn, the "
+                f"first being {texts[questions[0].id]!r}: leave that arm out."
+            )
+        work.counts["unreadable"] = len(questions) - len(readable)
+        return [
+            completion_example(form.question(each), form.response(texts[each.id]), question_id=each.id, variant=name)
+            for each in readable
+        ]
 
     def evaluate(
         self,
@@ -502,18 +598,19 @@ class Pipeline:
         greedy = Draw(0.0, self.config.debate.max_tokens)
         evaluated: dict[str, Evaluated] = {}
 
-        def arm(
+        def measure(
             name: str,
             inputs: Mapping[str, Manifest],
             asked: list[Question],
             config: Mapping[str, Any],
             generate: Callable[[Work], tuple[Asked, Asked]],
+            final: str = "",
         ) -> None:
-            """`generate` gives each question's turns, and those of them that vote on the answer."""
+            """`generate` gives each question's turns, and those of them that vote on the answer; `final`: `_label`."""
 
             def build(work: Work) -> None:
                 turns, voters = generate(work)
-                labels = self._label(turns)
+                labels = self._label(turns, final)
                 predictions = [predict(turns[question.id], voters[question.id], labels) for question in asked]
                 save_predictions(work.directory / "predictions.jsonl", predictions)
                 (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
@@ -523,36 +620,58 @@ class Pipeline:
                 build,
                 version=1,
                 config={
+                    "max_tokens": self.config.debate.max_tokens,
                     **config,
                     **self.config.engine.fingerprint(),
                     "questions": len(asked),
-                    "max_tokens": self.config.debate.max_tokens,
                     "seed": self.seed,
-                    "grader": self.task.grader_id,
+                    "grader": self._grader(final),
                 },
                 inputs={**inputs, "questions": drawn},
             )
             evaluated[name] = Evaluated(name, stage, load_predictions(stage.directory / "predictions.jsonl"))
 
-        def alone(name: str, model: Manifest, asked: list[Question], draw: Draw, samples: int, protocol: str) -> None:
+        def alone(
+            name: str,
+            model: Manifest,
+            asked: list[Question],
+            draw: Draw,
+            samples: int,
+            protocol: str,
+            final: str = "",
+        ) -> None:
             def generate(work: Work) -> tuple[Asked, Asked]:
-                seat = self._seat(self._model(model, form))
-                turns = self._sample(work, f"evaluate {name}", seat, asked, draw, samples, protocol)
-                return turns, turns
+                return self._sample(
+                    work,
+                    f"evaluate {name}",
+                    seats=[self.cast.seat(self.cast.model(model, form))],
+                    questions=asked,
+                    draw=draw,
+                    samples=samples,
+                    protocol=protocol,
+                )
 
             several = {"samples": samples, "temperature": draw.temperature} if protocol == SAMPLED else {}
-            arm(name, {"model": model}, asked, {"protocol": protocol, **several}, generate)
+            measure(
+                name,
+                {"model": model},
+                asked,
+                {"protocol": protocol, **several, "max_tokens": draw.max_tokens},
+                generate,
+                final,
+            )
 
         def together(name: str, config: Mapping[str, Any], generate: Callable[[Work], tuple[Asked, Asked]]) -> None:
             inputs = {"model" if each == "base" else each: stage for each, stage in agents.inputs.items()}
-            arm(name, inputs, few, {**config, **self._team_slice()}, generate)
+            measure(name, inputs, few, {**config, **self.cast.team_slice()}, generate)
 
         alone("base", agents.base, questions, greedy, 1, GREEDY)
         alone("vote", agents.base, few, sampled, settings.vote_samples, SAMPLED)
+        debated = replace(self.config.debate, rounds=settings.rounds)
         together(
             "debate",
-            {"protocol": DEBATE, "debate": asdict(replace(self.config.debate, rounds=settings.rounds))},
-            lambda work: self._debate_all(work, "evaluate debate", agents.seats, few, settings.rounds),
+            {"protocol": DEBATE, "debate": asdict(debated)},
+            lambda work: self._debate_all(work, "evaluate debate", seats=agents.seats, questions=few, settings=debated),
         )
         for name, method in self.config.methods.chosen().items():
             together(
@@ -561,57 +680,17 @@ class Pipeline:
                 partial(self._carry_out, f"evaluate {name}", agents.seats, few, method),
             )
         for name, student in students.items():
-            alone(name, student, questions, greedy, 1, GREEDY)
+            draw, final = greedy, ""
+            each = self.arms().get(data_of(name))
+            if ((each and each.variant) or self.config.select.variant) == "dialogue":
+                # Its answer is as long as several, and only the last of them counts.
+                draw = replace(greedy, max_tokens=longest_dialogue(form, self.config.debate))
+                final = form.telling[-1].strip()
+            alone(name, student, questions, draw, 1, GREEDY, final)
         keys = _keys(evaluated["debate"].manifest)
         return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys, role=DEBATER)
 
     # What stages share
-
-    def _layout(self) -> Layout:
-        """How later rounds show what was said; the warm start teaches what the debate then uses."""
-        settings = self.config.debate
-        return Layout(named=settings.named, shared_first=settings.layout == "shared_first")
-
-    def _form(self, raw: Manifest) -> Format:
-        """How the run's own models are asked; they all have the raw model's tokenizer."""
-        return self._format(_directory(raw), self.config.prompt)
-
-    def _format(self, directory: Path, prompt: PromptConfig) -> Format:
-        key = directory, prompt
-        if key not in self._formats:
-            self._formats[key] = make_format(directory, prompt, embeddings=load_config(directory).vocab_size)
-        return self._formats[key]
-
-    def _model(self, stage: Manifest, form: Format) -> Model:
-        """The model a stage made or found; no weight is read before it generates."""
-        directory = _directory(stage)
-        name = self.config.model.source
-        return Model(name, directory, stage.counts["revision"], load_config(directory), form)
-
-    def _seat(self, model: Model) -> Seat:
-        """One of the run's own models, alone."""
-        return Seat(model, tuple(self.config.engine.servers))
-
-    def _seats(self, base: Model, team: Manifest | None) -> tuple[Seat, ...]:
-        """Who answers for the agents: the team, or the base for all of them."""
-        return tuple(self._member(member, base, team) for member in self.config.team) or (self._seat(base),)
-
-    def _member(self, member: AgentConfig, base: Model, team: Manifest | None) -> Seat:
-        model, servers = base, self.config.engine.servers
-        if member.model is not None:
-            assert team is not None, "a team with models of its own has found them"
-            found, servers = team.counts["models"][member.model], []
-            directory = Path(found["location"])
-            form = self._format(directory, member.prompt or self.config.prompt)
-            model = Model(member.model, directory, found["revision"], load_config(directory), form)
-        elif member.prompt is not None:
-            model = replace(base, form=self._format(base.directory, member.prompt))
-        servers = servers if member.servers is None else member.servers
-        return Seat(model, tuple(servers), member.api, member.served, member.temperature)
-
-    def _team_slice(self) -> dict[str, Any]:
-        """What of the team the agents' calls depend on."""
-        return {"team": [member.fingerprint() for member in self.config.team]} if self.config.team else {}
 
     def _fit(
         self,
@@ -626,13 +705,13 @@ class Pipeline:
         if (work.directory / REMOVED).exists():  # a kill came between the two steps of the removal
             shutil.rmtree(work.directory / REMOVED)
         self.generation.release()  # training needs the room
-        directory, revision = _directory(model), model.counts["revision"]
+        directory, revision = model_directory(model), model.counts["revision"]
         job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
         with self.display.bar(title, total=1) as bar:
             result = train(job, bar.set)
         trained = partition(result.params, config.freeze)[0] if result.adapter is None else result.adapter
         work.tokens = result.tokens
-        work.counts = {
+        work.counts |= {
             "revision": weights.weights_fingerprint(work.directory / "model"),
             "location": "model",
             "trainable": _size(trained),
@@ -654,24 +733,26 @@ class Pipeline:
         self,
         work: Work,
         title: str,
-        seat: Seat,
+        *,
+        seats: Sequence[Seat],
         questions: Sequence[Question],
         draw: Draw,
         samples: int,
         protocol: str,
-    ) -> Asked:
-        """Independent answers of one model to each question."""
+        how: Callable[..., Awaitable[list[Turn]]] = answer,
+    ) -> tuple[Asked, Asked]:
+        """Independent answers to each question, and again as those that vote on it."""
 
         async def ask(question: Question, pool: Pool) -> list[Turn]:
-            return await answer(question, pool[0].caller, draw, samples=samples, protocol=protocol)
+            return await how(question, pool, draw, samples=samples, protocol=protocol)
 
-        return self.generation.ask(work, title, [seat], questions, ask, calls=samples, context=self._longest)
+        turns = self.generation.ask(work, title, seats, questions, ask, calls=samples, context=self._longest)
+        return turns, turns
 
     def _debate_all(
-        self, work: Work, title: str, seats: Sequence[Seat], questions: Sequence[Question], rounds: int
+        self, work: Work, title: str, *, seats: Sequence[Seat], questions: Sequence[Question], settings: DebateConfig
     ) -> tuple[Asked, Asked]:
         """Every question's debate: its turns, and those whose majority is its answer."""
-        settings = replace(self.config.debate, rounds=rounds)
         results: dict[str, Result] = {}
 
         def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:
@@ -709,12 +790,19 @@ class Pipeline:
     def _read(self, question: Question, text: str) -> str:
         return self.task.grade(question, text).answer
 
-    def _label(self, turns: Mapping[str, Sequence[Turn]]) -> dict[str, Any]:
-        """Grade turns and keep the labels."""
+    def _label(self, turns: Mapping[str, Sequence[Turn]], final: str = "") -> dict[str, Label]:
+        """Grade turns and keep the labels. Of texts with the words `final` only what stands after the last of them."""
+
+        def grade(question: Question, text: str) -> Grade:
+            return self.task.grade(question, text.rpartition(final)[2] if final else text)
+
         questions = {question.id: question for question in self.store.questions()}
-        labels = labelling.grade_turns(_flatten(turns), questions, self.task.grade, self.task.grader_id)
+        labels = labelling.grade_turns(_flatten(turns), questions, grade, self._grader(final))
         self.store.put_labels(labels)
         return {label.key: label for label in labels}
+
+    def _grader(self, final: str = "") -> str:
+        return f"{self.task.grader_id} after {final!r}" if final else self.task.grader_id
 
     def _sampled(self, stage: Manifest) -> dict[str, dict[str, list[int]]]:
         """What the turns of a stage said, by question and key, as ids, in the order in which the stage lists them."""
@@ -743,17 +831,13 @@ def _finals(work: Work, results: Mapping[str, Result]) -> Asked:
     return {question_id: list(result.final) for question_id, result in results.items()}
 
 
-def _directory(stage: Manifest) -> Path:
-    """Where the model of a stage lies; absolute where it is not the stage's own."""
-    return stage.directory / stage.counts["location"]
-
-
 def _keys(stage: Manifest) -> list[str]:
     keys: list[str] = json.loads((stage.directory / "keys.json").read_text())
     return keys
 
 
-def _share_name(share: float) -> str:
+def share_name(share: float) -> str:
+    """The student on a share of the debate's data (`curve`)."""
     return f"{STUDENT}_{share:.0%}".replace("%", "pct")
 
 

@@ -20,14 +20,15 @@ from rich.progress import (
 from rich.text import Text
 
 
-class _TokenRate(ProgressColumn):
-    """Tokens per second since the bar began."""
+class _Rate(ProgressColumn):
+    """Tokens per second since the bar began, or what it counts where that takes none."""
 
     def render(self, task: Task) -> Text:
         tokens = task.fields.get("tokens", 0)
-        if not tokens or not task.elapsed:
+        if not task.elapsed or not (tokens or task.completed):
             return Text("", style="progress.data.speed")
-        return Text(f"{tokens / task.elapsed:,.0f} tokens/s", style="progress.data.speed")
+        rate = f"{tokens / task.elapsed:,.0f} tokens/s" if tokens else f"{task.completed / task.elapsed:,.1f}/s"
+        return Text(rate, style="progress.data.speed")
 
 
 class Bar:
@@ -85,7 +86,7 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            _TokenRate(),
+            _Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),

@@ -17,8 +17,9 @@ import numpy as np
 Verdict = Literal["right", "wrong", "unparseable"]
 FlipClass = Literal["right→right", "wrong→right", "right→wrong", "wrong→wrong"]
 
-# The protocol of debates and the role of those who take part in one.
+# The protocol of debates, the role of those who take part in one, and those of who has the last word.
 DEBATE, DEBATER = "debate", "debater"
+JUDGE, SUMMARISER = "judge", "summariser"
 
 
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
@@ -191,8 +192,9 @@ class Example:
     """One training sequence. `weights` gives, per named loss term, a weight for every token of `ids` [T].
 
     The weight at position t is that of *predicting* `ids[t]` from what stands before it, so position 0 never has one.
-    `retokenised`: the completion was text before it was ids (another tokenizer's model said it, or a server that tells
-    text only), so its ids were never sampled and have no log-probabilities.
+    `retokenised`: the completion, or a part of it, was text before it was ids (another tokenizer's model said it, or a
+    server that tells text only, or it is the words of ours between the answers of a dialogue), so it was not sampled as
+    it stands and has no log-probabilities.
     """
 
     ids: np.ndarray

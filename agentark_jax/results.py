@@ -9,14 +9,14 @@ from dataclasses import asdict
 from typing import Any
 
 from agentark_jax import config as configuration
+from agentark_jax.arms import ARMS, CONTROL, LEARNED, STUDENT, data_of, label_of, start_of
 from agentark_jax.config import RunConfig
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.predictions import Prediction
-from agentark_jax.pipeline import CONTROL, STUDENT, Outcome
+from agentark_jax.pipeline import Outcome, share_name
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.records import Question, stable_hash
 from agentark_jax.stages import Manifest, git_revision, package_versions
-from agentark_jax.traces.config import Variant
 from agentark_jax.traces.labels import LabelledTurn, Majority, majorities
 
 SCHEMA = 1
@@ -27,18 +27,6 @@ _DECIDES = {
     "summariser": "the last round summarised by the base",
 }
 _DEBATE_OPTIONS = ("topology", "peers", "named", "layout", "history", "early_stop")
-_LEARNED: dict[Variant, str] = {
-    "corrective_first": "the debate's last round, corrected answers first",
-    "corrective_only": "answers that their agents corrected in the debate",
-    "non_corrective_matched": "answers of agents that were right all along, matched to corrected ones",
-    "final_only": "one last-round answer a question, the majority's",
-    "consensus_only": "what more than half of the agents answered in the end, right or wrong",
-    "all_correct": "correct answers of every round",
-    "diverse_k1": "one last-round answer of questions where several agents were right",
-    "diverse_k2": "two different last-round answers of questions where several agents were right",
-    "diverse_k3": "three different last-round answers of questions where several agents were right",
-    "round1_only": "correct round-1 answers",
-}
 _TRAINED = {"warm_start_answers": "warm start: answers", "base": "warm start: revision"}
 
 
@@ -52,8 +40,8 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
         for name in seeds[0]
     }
     reference = arms["base"]["tokens_per_question"]["total"]
-    for arm in arms.values():
-        arm["cost_ratio"] = arm["tokens_per_question"]["total"] / reference
+    for each in arms.values():
+        each["cost_ratio"] = each["tokens_per_question"]["total"] / reference
     return {
         "schema": SCHEMA,
         "run": {
@@ -76,11 +64,9 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
             "questions": {split: len(questions) for split, questions in first.questions.items() if questions},
         },
         "arms": arms,
-        "differences": [
-            summary.difference(seeds, a, b, name, level=level)
-            for a, b, name in _contrasts(config)
-            if a in arms and b in arms
-        ],
+        "differences": summary.differences(
+            seeds, [contrast for contrast in _contrasts(config) if arms.keys() >= {*contrast[:2]}], level=level
+        ),
         "counts": _counts(first),
         "debate": summary.debate_figures([outcome.debated for outcome in outcomes], level=level),
         "training": _training(first),
@@ -177,19 +163,18 @@ def _answer(prediction: Prediction, texts: Mapping[str, str]) -> dict[str, Any]:
     return {"text": text, "answer": prediction.answer, "verdict": prediction.verdict}
 
 
-def _description(config: RunConfig, arm: str, outcome: Outcome) -> dict[str, str]:
+def _description(config: RunConfig, name: str, outcome: Outcome) -> dict[str, str]:
     """Label, description, protocol and model of an arm."""
     settings, debate = config.evaluate, config.debate
     whole = len(outcome.questions["held_out"])
-    share = "all" if len(outcome.evaluated[arm].predictions) == whole else "subset"
-    trajectories = _manifest(outcome, "select").counts
-    if arm == "base":
+    share = "all" if len(outcome.evaluated[name].predictions) == whole else "subset"
+    if name == "base":
         label, text = "base", "the warm-started model, one greedy answer"
         return {"label": label, "description": text, "protocol": "single", "model": "base", "questions": share}
-    if arm == "vote":
+    if name == "vote":
         text = f"majority of {settings.vote_samples} independent samples of the base"
         return {"label": "vote of base", "description": text, "protocol": "vote", "model": "base", "questions": share}
-    if arm == "debate":
+    if name == "debate":
         options = {key: value for key, value in asdict(debate).items() if value != getattr(DebateConfig(), key)}
         unusual = [f"; {key} {options[key]}" for key in _DEBATE_OPTIONS if key in options]
         text = f"{debate.agents} agents ({_who(config)}), {settings.rounds} rounds, {_DECIDES[debate.aggregation]}"
@@ -202,23 +187,35 @@ def _description(config: RunConfig, arm: str, outcome: Outcome) -> dict[str, str
             "questions": share,
         }
     methods = config.methods.chosen()
-    if arm in methods:
-        draw = methods[arm].draw
-        options = {key: value for key, value in asdict(methods[arm]).items() if key != "draw"}
+    if name in methods:
+        draw = methods[name].draw
+        options = {key: value for key, value in asdict(methods[name]).items() if key != "draw"}
         text = f"agents: {_who(config)}; {', '.join(f'{key} {value}' for key, value in options.items())}"
         text += f"; temperature {draw.temperature}, at most {draw.max_tokens} tokens a call"
-        return {"label": arm, "description": text, "protocol": arm, "model": "base", "questions": share}
-    counts = trajectories[arm]
-    amount = f"{counts['trajectories']} trajectories, {counts['tokens']} tokens"
-    if arm == CONTROL:
-        label, text = "single-agent student", f"one greedy answer; trained on correct round-1 answers ({amount})"
-    elif arm == STUDENT:
-        label, text = "debate student", f"one greedy answer; trained on {_LEARNED[config.select.variant]} ({amount})"
+        return {"label": name, "description": text, "protocol": name, "model": "base", "questions": share}
+    return {**_student(config, name, outcome), "protocol": "single", "model": name, "questions": share}
+
+
+def _student(config: RunConfig, name: str, outcome: Outcome) -> dict[str, str]:
+    """Label and description of a student."""
+    selected, fitted = _manifest(outcome, "select").counts, _manifest(outcome, name).counts
+    amount = f"{fitted['examples']} examples, {fitted['loss_tokens']:,} tokens with loss in {fitted['steps']} steps"
+    shares = {share_name(share): share for share in config.curve}
+    if name in shares:
+        label, learned = f"debate student, {shares[name]:.0%} of questions", "that share of the debate student's data"
     else:
-        share_of = arm.removeprefix(f"{STUDENT}_").replace("pct", " %")
-        label = f"debate student, {share_of} of questions"
-        text = f"one greedy answer; trained on that share of the debate student's trajectories ({amount})"
-    return {"label": label, "description": text, "protocol": "single", "model": arm, "questions": share}
+        data, start = data_of(name), start_of(name)
+        label, learned = label_of(name), LEARNED[config.select.variant] if data == STUDENT else ARMS[data].learns
+        if start is not None:
+            learned += f", after those of the {label_of(start)}"
+        if data != STUDENT and ARMS[data].matched:
+            found = selected["matched"]
+            amount += (
+                f"; {found['questions']} questions matched, lengths alike at p = {found['lengths'][data]['p']:.2f}"
+            )
+        elif data != STUDENT:
+            amount += "; not matched in volume"
+    return {"label": label, "description": f"one greedy answer; trained on {learned} ({amount})"}
 
 
 def _who(config: RunConfig) -> str:
@@ -229,11 +226,20 @@ def _who(config: RunConfig) -> str:
 
 
 def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
+    """Arms that are compared, the first with the second, and how that is called."""
+    # What goes on from another student has learned twice.
+    matched = {name for name in config.arms if start_of(name) is None and ARMS[name].matched}
+    equal = {name: " at equal questions and tokens" if name in matched else "" for name in config.arms}
     return [
         *((method, "base", f"{method} of the base over its one answer") for method in config.methods.chosen()),
         (STUDENT, "base", "debate student over base"),
-        (STUDENT, CONTROL, "debate student over single-agent student at equal tokens"),
-        (CONTROL, "base", "single-agent student over base"),
+        *((STUDENT, name, f"debate student over {label_of(name)}{equal[name]}") for name in config.arms),
+        *((name, "base", f"{label_of(name)} over base") for name in config.arms),
+        *(
+            (name, start, f"{label_of(name)} over where it started")
+            for name in config.arms
+            if (start := start_of(name))
+        ),
         ("debate", "base", "debate of the base over its one answer"),
         ("vote", "base", "vote of the base over its one answer"),
         ("debate", "vote", "debate over vote"),
@@ -242,7 +248,7 @@ def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
 
 
 def _counts(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:
-    return {name: counts["funnel"] for name, counts in _manifest(outcome, "select").counts.items()}
+    return {name: each["funnel"] for name, each in _manifest(outcome, "select").counts["selections"].items()}
 
 
 def _training(outcome: Outcome) -> dict[str, dict[str, Any]]:
@@ -279,9 +285,9 @@ def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             }
             for outcome in outcomes
         ]
-        found = summary.difference(seeds, a, b, "gain", level=level)
-        in_points = {key: 100 * found[name] for key, name in (("y", "difference"), ("low", "low"), ("high", "high"))}
-        return {"x": wanted, **in_points, "n": found["n"]}
+        found, _ = summary.difference(seeds, a, b, level=level)
+        in_points = {"y": 100 * found.difference, "low": 100 * found.low, "high": 100 * found.high}
+        return {"x": wanted, **in_points, "n": found.n}
 
     votes = [majority for outcome in outcomes for majority in majorities(outcome.evaluated_debate)]
     rounds = sorted({majority.round for majority in votes})
@@ -316,6 +322,7 @@ def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
                     "points": [summary.accuracy_point(count, graded(name, count), level=level) for count in steps],
                 }
                 for name in ("base", STUDENT, CONTROL, "vote", "debate")
+                if name in outcomes[0].evaluated
             ],
         }
         curves["gains"] = {
@@ -325,11 +332,12 @@ def _curves(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
             "series": [
                 {"name": f"{a} − {b}", "points": [gain(a, b, count) for count in steps]}
                 for a, b in (("debate", "vote"), (STUDENT, CONTROL), (STUDENT, "base"))
+                if b in outcomes[0].evaluated
             ],
         }
     if config.curve:
-        counts = _manifest(outcomes[0], "select").counts
-        students = [name for name in outcomes[0].evaluated if name.startswith(f"{STUDENT}_")]
+        counts = _manifest(outcomes[0], "select").counts["selections"]
+        students = [share_name(share) for share in config.curve]
         points = [summary.accuracy_point(0, graded("base"), level=level)]
         for name in sorted([*students, STUDENT], key=lambda name: counts[name]["trajectories"]):
             points.append(summary.accuracy_point(counts[name]["trajectories"], graded(name), level=level))

@@ -1,9 +1,11 @@
 """`agentark traces`: what is in a trace store, what it cost, whether it is whole; stores exported and merged."""
 
+import asyncio
+import json
 import re
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -17,19 +19,22 @@ from rich.text import Text
 from agentark_jax.errors import UsageError
 from agentark_jax.files import write_json
 from agentark_jax.progress import Display
-from agentark_jax.records import DEBATE, DEBATER, Turn, Verdict
+from agentark_jax.records import DEBATE, Label, Turn, Verdict
 from agentark_jax.tasks.config import FieldsConfig
 from agentark_jax.tasks.grading import GRADERS, grader
+from agentark_jax.tasks.grading.short import SCORES
 from agentark_jax.tasks.rows import read_file
 from agentark_jax.tools import Parser
 from agentark_jax.traces import exchange
-from agentark_jax.traces.audit import agreement, read_labelled
+from agentark_jax.traces.audit import Group, agreement, read_labelled, scores_by_group
 from agentark_jax.traces.config import SelectionConfig, Variant
 from agentark_jax.traces.foreign import read_debate, turns_of
+from agentark_jax.traces.judge import Judge, judge_store, to_judge, undecided, with_fallback
 from agentark_jax.traces.labels import label_store, labelled_turns
-from agentark_jax.traces.selection import save_selection
+from agentark_jax.traces.matching import match
+from agentark_jax.traces.selection import check_filled, save_selection
 from agentark_jax.traces.store import LEDGER, OnTurns, TraceStore, Usage
-from agentark_jax.traces.variants import select
+from agentark_jax.traces.variants import possible, select
 
 _TRACES = """\
 Read, check, export and merge trace stores: every model call of a run, with what it said and what it took.
@@ -99,12 +104,27 @@ be repeated.
 _LABEL = """\
 Grade every answered turn of a store and keep the labels, beside those of other graders. Labels can be made anew at any
 time; no turn is touched.
+
+With --judge a model (a directory or a hub id) is told question, right answers and the end of a solution, and says true
+or false of the turns that the grader cannot read, and of some that it can. It has labels of its own; those of both, the
+judge's where the grader cannot read, have an id that joins theirs with "+". With --blind it is a verifier: it is told
+no right answer and judges all turns. What it says is kept at once; the same command again asks about what is missing.
+
+  agentark traces label runs/quickstart --grader numeric --judge Qwen/Qwen3-0.6B
+  agentark traces label runs/quickstart --grader numeric --judge DIR --servers http://127.0.0.1:30000
+  agentark traces select runs/quickstart --grader numeric-1+judge --out selected
+  agentark traces label runs/quickstart --grader numeric --judge DIR --blind
+  agentark traces select runs/quickstart --grader verifier --out selected-blind
 """
 _SELECT = """\
 Choose training trajectories among the labelled turns of a store's debates, and write a Parquet file for each variant
-and, beside them, manifest.json: trajectories, tokens, questions and what each filter kept and dropped.
+and, beside them, manifest.json: trajectories, tokens, questions and what each filter kept and dropped. `summary` is
+possible where a summariser spoke. A trajectory of `dialogue` names the turns that it tells. With --match the manifest
+says how alike the variants are, and how many questions that took. Of a run it is the debate that students learn from,
+without its controls and held-out questions.
 
   agentark traces select runs/quickstart --grader final_answer --variant corrective_only --out selected
+  agentark traces select theirs.sqlite --grader choice --variant final_only --variant round1_only --match --out twins
 """
 
 _AUDIT = """\
@@ -115,9 +135,16 @@ GSM8K's example_model_solutions.jsonl. A false positive is a text labelled wrong
 negative is one labelled right that it calls wrong or cannot read. Intervals are Wilson's, at 95 %. Kappa and agreement
 are of the texts that both graders decide.
 
+Of a store's turns with labels of the grader "short" it also says how close they come to the gold answers: means over
+questions, in per cent, with Student's t intervals. These scores decide nothing.
+
   agentark traces audit --grader numeric --grader symbolic --labelled solutions.jsonl --first 20
   agentark traces audit runs/quickstart
 """
+
+_SAMPLE = "of the turns that the grader can read, this many are judged as well, to compare the two (default: 100)"
+_CONTEXT = "what the judge takes at most without servers; what does not fit stays unparseable (default: 4096)"
+_WHOSE = f"whose labels say what is right: {', '.join(GRADERS)}, or the beginning of an id that `label` printed"
 
 # Escape sequences whole, then every other control character but line feed and tab, marks that reorder text, and what
 # cannot be printed.
@@ -202,14 +229,27 @@ def traces(arguments: Sequence[str]) -> int:
     label = command("label", "grade all turns", _LABEL)
     label.add_argument("store", metavar="STORE", type=_store)
     label.add_argument("--grader", choices=GRADERS, required=True)
+    label.add_argument("--judge", metavar="MODEL", help="a model that is asked about what the grader cannot read")
+    label.add_argument("--blind", action="store_true", help="it is told no right answer, and is asked about all turns")
+    label.add_argument("--judge-sample", type=_count, default=100, metavar="N", help=_SAMPLE)
+    label.add_argument("--servers", nargs="+", default=[], metavar="URL", help="SGLang servers that have the judge")
+    label.add_argument("--context", type=_count, default=4096, metavar="TOKENS", help=_CONTEXT)
     label.set_defaults(run=_label)
 
     choose = command("select", "training trajectories of a variant, or of each", _SELECT)
     choose.add_argument("store", metavar="STORE", type=_store)
-    choose.add_argument("--grader", choices=GRADERS, required=True, help="whose labels say what is right")
+    choose.add_argument("--grader", required=True, metavar="GRADER", help=_WHOSE)
     choose.add_argument("--out", required=True, metavar="DIR", type=Path)
-    choose.add_argument("--variant", choices=get_args(Variant), action="append", help="may be repeated (default: all)")
+    choose.add_argument(
+        "--variant", choices=get_args(Variant), action="append", help="may be repeated (default: all possible)"
+    )
+    choose.add_argument("--seed", type=int, default=SelectionConfig.seed, metavar="N", help="of `random` (default: 0)")
     choose.add_argument("--per-question", type=int, default=SelectionConfig.per_question, metavar="N")
+    choose.add_argument(
+        "--match",
+        action="store_true",
+        help="make the variants alike: the same questions, as many and as long trajectories of each",
+    )
     choose.set_defaults(run=_select)
 
     options = parser.parse_args(arguments)
@@ -237,6 +277,12 @@ def _prices(text: str) -> tuple[float, ...]:
     if len(prices) != 3 or not all(0 <= price < float("inf") for price in prices):
         raise ArgumentTypeError(f"{text!r} is not three numbers of 0 or more: prompt,cached,completion")
     return prices
+
+
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ArgumentTypeError(f"{text!r} is no count")
+    return int(text)
 
 
 @contextmanager
@@ -394,14 +440,13 @@ def _audit(options: Namespace) -> int:
             )
         with TraceStore(options.store, read_only=True) as store, store.snapshot():
             labels = {name: store.labels(name) for name in store.graders()}
-        keys = sorted(set[str]().union(*labels.values()))
-        verdicts = {
-            name: [given[key].verdict if key in given else "unparseable" for key in keys]
-            for name, given in labels.items()
-        }
-        if len(verdicts) < 2:
-            raise UsageError(f"{options.store} has labels of {len(verdicts)} graders; an audit compares two or more.")
-        console.print(_agreements(verdicts))
+            free = labels.get(grader("short").id, {})
+            if len(labels) < 2 and not free:
+                raise UsageError(f"{options.store} has labels of {len(labels)} graders; an audit compares two or more.")
+            if free:
+                console.print(_closeness(scores_by_group(store, free)))
+        if len(labels) > 1:
+            console.print(_agreements(_verdicts(labels)))
         return 0
     if not options.grader:
         raise UsageError(f"--labelled needs a --grader to try; use one or more of: {', '.join(GRADERS)}.")
@@ -438,10 +483,40 @@ def _audit(options: Namespace) -> int:
     return 0
 
 
+def _verdicts(labels: Mapping[str, Mapping[str, Label]]) -> dict[str, list[Verdict]]:
+    """Of each grader, its verdicts on the turns that any of them labelled; none is unparseable."""
+    keys = sorted(set[str]().union(*labels.values()))
+    return {
+        name: [given[key].verdict if key in given else "unparseable" for key in keys] for name, given in labels.items()
+    }
+
+
+def _closeness(groups: Mapping[Group, Mapping[str, Sequence[Sequence[float]]]]) -> Table:
+    table = Table(title="how close answers come to the gold ones, %", title_justify="left")
+    for head in ("protocol", "role", "round", "turns", "questions", *SCORES):
+        table.add_column(head, justify="left" if head in ("protocol", "role") else "right")
+    for (protocol, role, round), questions in sorted(groups.items()):
+        means = np.asarray([np.mean(rows, axis=0) for rows in questions.values()])
+        counts = (round, sum(map(len, questions.values())), len(questions))
+        names = (Text(plain(protocol)), Text(plain(role)))
+        table.add_row(*names, *(f"{count:,}" for count in counts), *map(_mean, means.T))
+    return table
+
+
+def _mean(shares: np.ndarray) -> str:
+    from agentark_jax.evaluation.statistics import seed_level_interval
+
+    shown = f"{100 * shares.mean():.1f}"
+    interval = seed_level_interval(shares.tolist()) if len(shares) > 1 else None
+    if interval is None:
+        return shown
+    return f"{shown} [{100 * max(0.0, interval.low):.1f}, {100 * min(1.0, interval.high):.1f}]"
+
+
 def _agreements(verdicts: Mapping[str, Sequence[Verdict]]) -> Table:
     table = Table()
     for head in ("first", "second", "decided by both", "both right", "first alone", "second alone", "both wrong"):
-        table.add_column(head, justify="left" if head in ("first", "second") else "right")
+        table.add_column(head, justify="left" if head in ("first", "second") else "right", overflow="fold")
     table.add_column("agreement", justify="right")
     table.add_column("kappa", justify="right")
     for first, second in combinations(verdicts, 2):
@@ -486,23 +561,106 @@ def _import(options: Namespace) -> int:
 
 
 def _label(options: Namespace) -> int:
-    judge = grader(options.grader)
+    rule = grader(options.grader)
+    if options.judge is None and (options.blind or options.servers):
+        raise UsageError("--blind and --servers are about a judge: name its model with --judge, or leave them out.")
     with TraceStore(options.store) as store:
-        counts = label_store(store, judge, judge.id)
-    print(f"{options.store}: " + ", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
+        label_store(store, rule, rule.id)
+        labels = {rule.id: store.labels(rule.id)}
+        if options.judge is not None:
+            asked = set(labels[rule.id]) if options.blind else to_judge(labels[rule.id], options.judge_sample)
+            judge = asyncio.run(_judge(store, asked, options))
+            labels[judge.id] = store.labels(judge.id)
+            if judge.too_long:
+                print(
+                    f"{judge.too_long:,} turns do not fit the judge's context with their questions and stay "
+                    "unparseable; raise --context, or give servers with a longer one"
+                )
+        compared = _verdicts(labels)
+        if options.judge is not None and not options.blind:
+            both = with_fallback(labels[rule.id], labels[judge.id], judge.id)
+            store.put_labels(both)
+            labels |= {label.grader: store.labels(label.grader) for label in both[:1]}
+    table = Table(title=plain(str(options.store)), title_justify="left")
+    for head in ("grader", "turns", *get_args(Verdict)):
+        table.add_column(head, justify="left" if head == "grader" else "right", overflow="fold")
+    for name, given in labels.items():
+        counts = Counter(label.verdict for label in given.values())
+        table.add_row(Text(plain(name)), f"{len(given):,}", *(f"{counts[each]:,}" for each in get_args(Verdict)))
+    console = _console()
+    console.print(table)
+    if len(compared) > 1:
+        console.print(_agreements(compared))
     return 0
 
 
+async def _judge(store: TraceStore, keys: Set[str], options: Namespace) -> Judge:
+    """The judge that the options describe, once all of these turns have its labels."""
+    from agentark_jax.cache import enable_compilation_cache
+    from agentark_jax.data.chat import make_format
+    from agentark_jax.data.config import PromptConfig
+    from agentark_jax.engines.config import EngineConfig, check_servers
+    from agentark_jax.generation import Generation, Model, Seat
+    from agentark_jax.models.config import load_config
+    from agentark_jax.models.gguf import resolve_model
+    from agentark_jax.models.weights import weights_fingerprint
+
+    check_servers("--servers", options.servers)
+    enable_compilation_cache()
+    directory = resolve_model(options.judge)
+    config = load_config(directory)
+    form = make_format(directory, PromptConfig(), embeddings=config.vocab_size)
+    # Wherever its directory lies, it is the same judge.
+    name = directory.name if Path(options.judge).exists() else options.judge
+    model = Model(name, directory, weights_fingerprint(directory), config, form)
+    # Nearly all of the work is reading, in many different lengths.
+    settings = EngineConfig(slots=8, prompt_bucket=128, context=options.context)
+    generation = Generation(settings, store, Display(Console(stderr=True)), seed=0)
+    async with generation.engine(Seat(model, tuple(options.servers)), options.context) as engine:
+        judge = Judge(engine, form, blind=options.blind)
+        missing = undecided(keys, store.labels(judge.id))
+        with _watched("judge turns", len(missing)) as on_turns:
+            await judge_store(store, judge, missing, on_turns)
+    return judge
+
+
+def _graded_by(store: TraceStore, name: str) -> str:
+    """The id of the grader that a name, or the beginning of an id that the store has labels of, stands for."""
+    if name in GRADERS:
+        return grader(name).id
+    known = store.graders()
+    found = [each for each in known if each == name] or [each for each in known if each.startswith(name)]
+    if len(found) != 1:
+        listed = ", ".join(map(plain, known)) or "none yet, see `agentark traces label`"
+        raise UsageError(
+            f"--grader {name!r} begins the id of {len(found)} graders in {store.path}; give one of "
+            f"{', '.join(GRADERS)}, or the beginning of one of: {listed}."
+        )
+    return found[0]
+
+
+def _of_debate(store: Path) -> list[str] | None:
+    """The turns of a run's own debate. Its store has those of its controls and of held-out questions as well."""
+    listed = store.with_name("debate") / "keys.json"
+    return json.loads(listed.read_text()) if listed.is_file() else None
+
+
 def _select(options: Namespace) -> int:
-    judge = grader(options.grader)
     with TraceStore(options.store, read_only=True) as store:
-        rows = labelled_turns(store, judge.id, protocol=DEBATE, role=DEBATER)
+        judge = _graded_by(store, options.grader)
+        rows = labelled_turns(store, judge, keys=_of_debate(options.store), protocol=DEBATE)
         chosen = {
-            variant: select(rows, SelectionConfig(variant, options.per_question), store.completions)
-            for variant in options.variant or get_args(Variant)
+            variant: select(rows, SelectionConfig(variant, options.per_question, seed=options.seed), store.completions)
+            for variant in options.variant or possible(rows)
         }
+    matched = None
+    if options.match:
+        for variant, selection in chosen.items():
+            check_filled(variant, selection)
+        matched = match(chosen, options.seed)
+        chosen = matched.selections
     options.out.mkdir(parents=True, exist_ok=True)
-    table = Table(title=f"{plain(str(options.store))}, {judge.id}: {len(rows):,} turns", title_justify="left")
+    table = Table(title=f"{plain(str(options.store))}, {plain(judge)}: {len(rows):,} turns", title_justify="left")
     for head in ("variant", "trajectories", "tokens", "questions", "of all turns"):
         table.add_column(head, justify="left" if head == "variant" else "right")
     manifest = {}
@@ -512,6 +670,7 @@ def _select(options: Namespace) -> int:
         counts = (f"{figures[name]:,}" for name in ("trajectories", "tokens", "questions"))
         table.add_row(variant, *counts, _share(figures["trajectories"], len(rows)))
         manifest[variant] = {**figures, "yield": figures["trajectories"] / len(rows) if rows else None}
-    write_json(options.out / "manifest.json", {"store": str(options.store), "grader": judge.id, "variants": manifest})
+    figures = {"store": str(options.store), "grader": judge, "variants": manifest}
+    write_json(options.out / "manifest.json", figures | ({"matched": matched.figures} if matched else {}))
     _console().print(table)
     return 0

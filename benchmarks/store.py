@@ -24,7 +24,7 @@ import numpy as np
 from agentark_jax.records import Call, Completion, Label, Question, Sampling, Turn, Verdict
 from agentark_jax.traces.config import SelectionConfig
 from agentark_jax.traces.labels import labelled_turns
-from agentark_jax.traces.matching import match_tokens
+from agentark_jax.traces.matching import match
 from agentark_jax.traces.selection import load_selection, save_selection
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
@@ -303,10 +303,10 @@ def start(place: Path, *, selecting: bool) -> Reply:
             return {"seconds": time.perf_counter() - started}
         student = select(rows, SelectionConfig(), store.completions)
         control = select(rows, SelectionConfig(variant="round1_only"), store.completions)
-        match = match_tokens(student, control, 0)
-        for selection in (match.a, match.b):
-            save_selection(selection, place / f"{selection.variant}.parquet")
-        loaded = [load_selection(place / f"{selection.variant}.parquet") for selection in (match.a, match.b)]
+        matched = match({"student": student, "control": control}, 0).selections
+        for name, selection in matched.items():
+            save_selection(selection, place / f"{name}.parquet")
+        loaded = [load_selection(place / f"{name}.parquet") for name in matched]
     return {"seconds": time.perf_counter() - started, "trajectories": len(loaded[0].trajectories)}
 
 

@@ -285,10 +285,37 @@ _NOT_PARIS = (
     "|\\boxed{London}|Ben says the answer is Paris."
 )
 _NOT_NO = "yes|Yes, no doubt.|Yes.|not|none|No one|No and yes|No, yes|nope|unanswerable"
+_NOT_FICTION = "No, they could only be caught by a virgin|No.|no|Yes, unicorns are fictional|unicorns are fictional"
+_NOT_HALF = "125|1.25|-12.5|12|12.50|12 5|12-5"
 _ANSWERS = "answerable|no|It can be answered|unknown soldier|Paris"
+PROSE = (
+    "Yes, the team agreed to use 2 buttons and a wheel, since the remote control must not cost more than 12.5 euros."
+)
+_NOT_PROSE = [
+    PROSE.replace("2", "3"),
+    PROSE.replace("12.5", "12"),
+    PROSE.replace("12.5", "1.25"),
+    PROSE.replace("12.5", "125"),
+    PROSE.replace("12.5", "-12.5"),
+    PROSE.replace("not ", ""),
+    PROSE.replace("agreed", "refused"),
+    PROSE.replace("Yes", "No"),
+    PROSE.split(",")[0] + ", the team did.",
+    PROSE[: len(PROSE) // 2],
+    PROSE + " Or so they thought.",
+    PROSE + "\n" + PROSE,
+    f"It is wrong that {PROSE}",
+    f"The answer is {PROSE}\nNo, the answer is another.",
+    "yes",
+    "The answer is",
+    "unanswerable",
+]
 
 SHORT = [
     *[(text, ("Paris", "the city of Paris")) for text in _NOT_PARIS.split("|")],
     *[(text, ("no",)) for text in _NOT_NO.split("|")],
     *[(text, ("unanswerable",)) for text in _ANSWERS.split("|")],
+    *[(text, ("No, unicorns are fictional",)) for text in _NOT_FICTION.split("|")],
+    *[(text, ("12.5",)) for text in _NOT_HALF.split("|")],
+    *[(text, golds) for text in _NOT_PROSE for golds in [(PROSE,), ("no", PROSE)]],
 ]

@@ -4,6 +4,7 @@ The templates are written for these tests: they have each family's tokens and pe
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -104,11 +105,14 @@ FAMILIES = {
 }
 
 
-def write_family(name: str, directory: Path) -> Path:
-    """A model directory of a family, without weights; the template is in a file of its own or in the config."""
+def write_family(name: str, directory: Path, texts: Sequence[str] = _TEXTS, vocabulary: int = 420) -> Path:
+    """A model directory of a family, without weights; the template is in a file of its own or in the config.
+
+    The tokenizer is trained on `texts`, to about so many tokens.
+    """
     template, special, added, named, ends = FAMILIES[name]
     directory.mkdir(parents=True)
-    tokenizer = _gemma_like(special) if name == "gemma3" else _byte_level(special)
+    tokenizer = (_gemma_like if name == "gemma3" else _byte_level)(special, texts, vocabulary)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
@@ -127,7 +131,19 @@ def write_family(name: str, directory: Path) -> Path:
     return directory
 
 
-def _byte_level(special: tuple[str, ...]) -> Tokenizer:
+def write_tokens(strings: list[str], decoder: decoders.Decoder | None, directory: Path) -> Path:
+    """A directory with a tokenizer alone, whose ids 0, 1, … are spelled like this; then comes a control token."""
+    directory.mkdir()
+    tokenizer = Tokenizer(models.WordLevel({text: index for index, text in enumerate(strings)}, unk_token=strings[0]))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return directory
+
+
+def _byte_level(special: tuple[str, ...], texts: Sequence[str], vocabulary: int) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -136,20 +152,20 @@ def _byte_level(special: tuple[str, ...]) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     tokenizer.train_from_iterator(
-        _TEXTS, trainers.BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False)
+        texts, trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     return tokenizer
 
 
-def _gemma_like(special: tuple[str, ...]) -> Tokenizer:
+def _gemma_like(special: tuple[str, ...], texts: Sequence[str], vocabulary: int) -> Tokenizer:
     """Spaces are ordinary characters, so tokens run across words and line breaks; unknown characters are bytes."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     specials = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
-    trainer = trainers.BpeTrainer(vocab_size=520, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator((text.replace(" ", "▁") for text in _TEXTS), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary + 100, special_tokens=specials, show_progress=False)
+    tokenizer.train_from_iterator((text.replace(" ", "▁") for text in texts), trainer)
     # The bytes are no control tokens: keep the trained vocabulary, mark the family's own tokens alone.
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]

@@ -1,114 +1,20 @@
-"""The LLM judge, its fallback, and the audit of graders against labels and each other."""
+"""Audits of graders against labels and each other, and how close free answers come."""
 
-import asyncio
 import gzip
 import json
 import re
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from scripted import ScriptedEngine
 from test_graders import DATA
-from test_store import make_call
+from test_judge import QUESTION, TURNS, said
 from test_traces_cli import cells, run
 
-from agentark_jax.errors import AgentArkError
-from agentark_jax.records import Completion, Label, Question, Turn
-from agentark_jax.tasks.grading import grader
-from agentark_jax.traces import labels
+from agentark_jax.records import Label, Question
+from agentark_jax.tasks.grading import grader, short
 from agentark_jax.traces.audit import Agreement, agreement, read_labelled
-from agentark_jax.traces.judge import Judge, with_fallback
+from agentark_jax.traces.labels import label_store
 from agentark_jax.traces.store import TraceStore
-
-QUESTION = Question.make("test", "held_out", "What is 3 + 4?", "7")
-
-
-def said(text, agent, finish="stop", form=None):
-    call = replace(make_call(agent=agent), question_id=QUESTION.id)
-    ids = np.asarray([1, 2], np.int32)
-    return Turn(call, 0, Completion(ids, np.zeros(2, np.float32), text, finish, 5, 0, 0.1))
-
-
-TURNS = [
-    said("3+4=7\nThe answer is 7.", 0),
-    said("The answer is 8.", 1),
-    said("It must be seven, that is 7", 2),
-    said("Eight it is", 3),
-    said("The answer is 7", 4, finish="length"),
-    Turn(replace(make_call(agent=5), question_id=QUESTION.id), 0, None, "slow"),
-]
-
-
-def truthful(prompt, sampling):
-    assert sampling.regex == r"\s?(true|false)"
-    assert sampling.temperature == 0.0
-    solution = prompt.split("Solution:\n")[1].split("That was the solution")[0]
-    return "true" if "7" in solution.split() or "7." in solution else "false"
-
-
-def test_the_judge_labels_what_succeeded_under_the_name_of_its_model(form):
-    engine = ScriptedEngine(form, truthful, model="judge-model")
-    judge = Judge(engine, form)
-    assert "judge-model" in judge.id
-    found = asyncio.run(judge.label(TURNS, {QUESTION.id: QUESTION}))
-    assert [label.verdict for label in found] == ["right", "wrong", "right", "wrong", "unparseable"]
-    assert {(label.grader, label.answer) for label in found} == {(judge.id, "")}
-    assert [label.key for label in found] == [turn.key for turn in TURNS[:5]]
-    assert len(engine.prompts) == 4, "the turn that was cut off is not asked about"
-    assert all("What is 3 + 4?" in prompt and "Right answer: 7" in prompt for prompt in engine.prompts)
-    assert Judge(ScriptedEngine(form, truthful, model="other"), form).id != judge.id
-    with pytest.raises(AgentArkError, match="not in the trace store"):
-        asyncio.run(judge.label(TURNS, {}))
-
-
-def test_a_solution_cannot_spell_control_tokens_to_the_judge(form):
-    engine = ScriptedEngine(form, lambda prompt, sampling: "false")
-    requests = []
-    generate = engine.generate
-
-    async def watched(request):
-        requests.append(request)
-        return await generate(request)
-
-    engine.generate = watched
-    tokenizer = form.tokenizer
-    marks = tokenizer.spell([tokenizer.eos_id, tokenizer.bos_id])
-    assert tokenizer.encode(marks) == (tokenizer.eos_id, tokenizer.bos_id)
-    asyncio.run(Judge(engine, form).verdict(QUESTION, f"8{marks}{marks}"))
-    prompt = requests[0].prompt_ids.tolist()
-    assert (prompt.count(tokenizer.eos_id), prompt.count(tokenizer.bos_id)) == (0, 1)
-
-
-@pytest.mark.parametrize("reply", ["", "yes", "true false", "truth"])
-def test_a_judge_that_says_neither_has_not_decided(form, reply):
-    judge = Judge(ScriptedEngine(form, lambda prompt, sampling: reply), form)
-    assert asyncio.run(judge.verdict(QUESTION, "7")) == "unparseable"
-
-
-def test_fallback_only_where_the_rule_cannot_read(form, tmp_path, capsys):
-    with TraceStore(tmp_path / "traces.sqlite") as store:
-        store.put_question(QUESTION)
-        store.record_many(TURNS)
-        judge = Judge(ScriptedEngine(form, truthful, model="judge-model"), form)
-        labels.label_store(store, grader("numeric"), grader("numeric").id)
-        store.put_labels(asyncio.run(judge.label(TURNS, {QUESTION.id: QUESTION})))
-        rules, judged = store.labels("numeric-1"), store.labels(judge.id)
-        both = with_fallback(rules, judged)
-        store.put_labels(both)
-        assert store.graders() == sorted(["numeric-1", judge.id, f"numeric-1+{judge.id}"])
-    by_key = {label.key: (label.verdict, label.answer) for label in both}
-    wanted = [("right", "7"), ("wrong", "8"), ("right", ""), ("wrong", ""), ("unparseable", "")]
-    assert [by_key[turn.key] for turn in TURNS[:5]] == wanted
-    partly = with_fallback(rules, {TURNS[2].key: judged[TURNS[2].key]})
-    assert {label.key: label.verdict for label in partly}[TURNS[3].key] == "unparseable"
-    with pytest.raises(AgentArkError, match="a rule and of a judge"):
-        with_fallback(rules, {})
-
-    code, out, _ = run(capsys, "audit", tmp_path)
-    assert code == 0
-    assert ["2", "1", "0", "0", "1"] in [row[2:7] for row in cells(out)]
-    assert "2/2 = 100.00% [34.24%, 100.00%]" in out
 
 
 def test_agreement_is_cohens():
@@ -197,3 +103,25 @@ def test_audit_refuses_what_cannot_be_meant(capsys, tmp_path):
         store.put_labels([Label(TURNS[0].key, "numeric-1", "right", "7")])
     assert run(capsys, "audit", tmp_path)[0] == 2
     assert run(capsys, "audit", tmp_path, "--grader", "numeric")[0] == 2
+
+
+def test_audit_says_how_close_free_answers_come(capsys, tmp_path):
+    golds = ["the cat sat on the mat", "a dog"]
+    question = Question.make("test", "held_out", "Who sat where?", golds[0], answers=golds)
+    turns = [said("The answer is the cat.", 0), said("a dog", 1), said("One.\nTwo.", 2), said("the cat", 3)]
+    turns = [replace(turn, call=replace(turn.call, question_id=question.id)) for turn in turns]
+    turns[3] = replace(turns[3], call=replace(turns[3].call, question_id=QUESTION.id, round=1))
+    other = replace(turns[1], call=replace(turns[1].call, question_id=QUESTION.id))
+    with TraceStore(tmp_path / "traces.sqlite") as store:
+        store.put_questions([question, QUESTION])
+        store.record_many([*turns, other])
+        label_store(store, grader("short"), grader("short").id)
+    code, out, _ = run(capsys, "audit", tmp_path)
+    assert code == 0
+    first, second = cells(out)
+    assert all(name in out for name in short.SCORES)
+    # By hand, means over the two questions. Of "cat sat on mat" (SQuAD) and "the cat sat on the mat" (ROUGE) the first
+    # turn says "cat" and "the cat"; the second is right, the third has no answer; the other question's gold is "7".
+    assert first[:6] == ["debate", "debater", "0", "4", "2", "16.7 [0.0, 100.0]"]
+    assert [cell.split()[0] for cell in first[6:10]] == ["23.3", "25.0", "22.2", "25.0"]
+    assert second == ["debate", "debater", "1", "1", "1", *["0.0"] * 6]

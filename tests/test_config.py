@@ -11,11 +11,12 @@ import yaml
 from agentark_jax import cli, config
 from agentark_jax.errors import UsageError
 from agentark_jax.models.config import Lora
-from agentark_jax.tasks.config import FieldsConfig, HubConfig
+from agentark_jax.tasks.config import FieldsConfig, GymConfig, HubConfig
 
 ROOT = Path(__file__).parent.parent
-LORA = ROOT / "configs" / "lora.yaml"
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {LORA})
+# They are given after another config.
+LORA, ARMS = ROOT / "configs" / "lora.yaml", ROOT / "configs" / "arms.yaml"
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {LORA, ARMS})
 
 
 def parse(*arguments: str) -> config.RunConfig:
@@ -42,6 +43,21 @@ def test_adapters_can_be_trained_instead_of_what_any_config_trains(path):
         assert after == replace(before, **adapters)
     warm_start = replace(adapted.warm_start, answer=alone.warm_start.answer, revision=alone.warm_start.revision)
     assert replace(adapted, fit=alone.fit, warm_start=warm_start) == alone
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_further_students_can_be_asked_of_any_config(path):
+    alone, compared = parse("--config", str(path)), parse("--config", str(path), "--config", str(ARMS))
+    given = yaml.safe_load(ARMS.read_text())
+    assert {"control", "samples", "gold", "diverse_k2_after_student"} <= set(given["arms"])
+    assert compared == replace(alone, **given)
+
+
+@pytest.mark.parametrize("recipe", ["gsm8k", "medmcqa"])
+def test_a_datasets_recipe_has_the_papers_strategies(recipe):
+    parsed = parse("--config", str(ROOT / "configs" / f"{recipe}.yaml"))
+    assert {"control", "answer_only", "diverse_k2", "diverse_k2_after_student"} <= set(parsed.arms)
+    assert parsed.fit == replace(parsed.warm_start.answer, coefficients={"reasoning": 1.0, "answer": 1.0})
 
 
 def test_a_mistake_in_one_of_several_files_names_them(tmp_path):
@@ -89,6 +105,15 @@ def test_questions_of_ones_own_survive_a_round_trip(tmp_path):
     assert parse("--config", str(tmp_path / "again.yaml")) == parsed
     with pytest.raises(UsageError, match=r"task\.fields\.questoin.*task\.fields\.question"):
         parse("--task.fields.questoin", "x")
+
+
+def test_a_generators_parameters_survive_a_round_trip(tmp_path):
+    parsed = parse("--task.gym", "{generator: chain_sum, parameters: {max_terms: 3, allow_negation: true}}")
+    assert parsed.task.gym == GymConfig("chain_sum", {"max_terms": 3, "allow_negation": True})
+    (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
+    assert parse("--config", str(tmp_path / "again.yaml")) == parsed
+    with pytest.raises(UsageError, match=r"task\.gym"):
+        parse("--task.gym", "{parameters: {max_terms: 3}}")
 
 
 def test_a_method_must_leave_room_for_a_prompt():

@@ -680,6 +680,9 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
         ("mmlu_stem", "mmlu_stem"),
         ("truthfulqa_mc", "truthfulqa"),
         ("hotpotqa", "hotpotqa"),
+        ("qmsum", "qmsum"),
+        ("qasper_leval", "qasper"),
+        ("truthfulqa", "truthfulqa"),
     ],
 )
 def test_gold_answers_are_right_and_others_are_not(name, folder):
@@ -689,7 +692,8 @@ def test_gold_answers_are_right_and_others_are_not(name, folder):
         pytest.skip(f"{folder} is not here")
     sizes = {"held_out": 12}
     if DATASETS[name].train is not None:
-        sizes |= {"warm_start": 6, "debate": 12, "validation": 2}
+        # The 40 meetings of QMSum that are here leave none for validation.
+        sizes |= {"warm_start": 6, "debate": 12, "validation": 0 if name == "qmsum" else 2}
     task = make_task(TaskConfig(name=name, path=str(directory)), sizes)
     for split, count in sizes.items():
         for question in task.questions(split, count):

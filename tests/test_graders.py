@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 
 import adversarial
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_grading import seconds
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.records import Question
@@ -325,9 +328,28 @@ def test_choice_needs_choices_and_a_letter_among_them():
         ("The answer is no", ("yes",), "wrong", "no"),
         ("It cannot be answered.", ("unanswerable",), "right", "unanswerable"),
         ("Unanswerable", ("unanswerable",), "right", "unanswerable"),
+        ("The answer is −1.5 °C.", ("-1.5°C",), "wrong", "−1·5 °c"),
+        ("The answer is -1.5.", ("−1.5",), "right", "−1·5"),
         ("The answer is", ("x",), "unparseable", ""),
         ("the", ("x",), "unparseable", ""),
         ("One line.\nAnother line.", ("x",), "unparseable", ""),
+        # Where a gold is prose, rules call nothing wrong, and nothing has votes.
+        (adversarial.PROSE, (adversarial.PROSE,), "right", ""),
+        (f"Let me see.\n\nThe answer is {adversarial.PROSE.upper()}", (adversarial.PROSE,), "right", ""),
+        (adversarial.PROSE.replace(", since", ".\nSince"), (adversarial.PROSE,), "right", ""),
+        (adversarial.PROSE.replace(" team", "\n team"), ("Ann", adversarial.PROSE), "right", ""),
+        ("The answer is Ann.", ("Ann", adversarial.PROSE), "right", ""),
+        ("The answer is Bob.", ("Ann", adversarial.PROSE), "unparseable", ""),
+        ("It was so. " * 30, (adversarial.PROSE,), "unparseable", ""),
+        (adversarial.PROSE + " " * 5000, (adversarial.PROSE,), "right", ""),
+        ("so " * 5000, ("so " * 5000,), "unparseable", ""),
+        # Ten words are no prose.
+        (
+            "one two three four five six seven eight nine eleven",
+            ("one two three four five six seven eight nine ten",),
+            "wrong",
+            "one two three four five six seven eight nine eleven",
+        ),
     ],
 )
 def test_short_answers(text, golds, verdict, answer):
@@ -343,12 +365,54 @@ def test_scores_of_short_answers():
     assert short.token_f1("", golds) == 0.0
     assert short.token_f1("the", ["a"]) == 1.0
     scores = short.rouge("the cat", ["the cat sat on the mat"])
-    assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 2 / (2 + 6))
-    assert scores["rouge2"] == pytest.approx(2 * 1 / (1 + 5))
-    assert short.rouge("dog", ["cats", "dogs"])["rouge1"] == 1.0
+    assert scores["ROUGE-1"] == scores["ROUGE-L"] == pytest.approx(2 * 2 / (2 + 6))
+    assert scores["ROUGE-2"] == pytest.approx(2 * 1 / (1 + 5))
+    assert short.rouge("dog", ["cats", "dogs"])["ROUGE-1"] == 1.0
     assert short.bleu("the cat sat on the mat", golds) == pytest.approx(1.0)
     assert 0 < short.bleu("the cat sat on a mat", golds) < 1
     assert short.bleu("xyz", golds) == 0.0
+    question = ask(golds[0], answers=golds)
+    assert short.scores(question, "So:\nThe answer is a dog.") == pytest.approx(dict.fromkeys(short.SCORES, 1.0))
+    assert short.scores(question, "So:\na dog") == dict.fromkeys(short.SCORES, 0.0)
+    assert tuple(short.scores(question, "dog")) == short.SCORES
+    prose = ask(adversarial.PROSE)
+    assert min(short.scores(prose, adversarial.PROSE).values()) > 0.95, "all but the period"
+    assert 0.9 < short.scores(prose, adversarial.PROSE.replace("not ", ""))["ROUGE-L"] < 1
+
+
+def test_prose_of_other_questions_about_the_same_meeting_is_not_right():
+    """QMSum: their scores reach those of right answers, so scores decide nothing (README has the figures)."""
+    closest, pairs = 0.0, 0
+    for name in ("qmsum/test.jsonl.gz", "qmsum/val.jsonl.gz", "qmsum/train_first40.jsonl.gz"):
+        for meeting in rows(name):
+            asked = [*meeting["general_query_list"], *meeting["specific_query_list"]]
+            golds = [each["answer"].strip() for each in asked]
+            for gold in golds:
+                assert grader("short")(ask(gold), f"The answer is {gold}").verdict == "right"
+            for said, gold in permutations(golds, 2):
+                same = short.squad_normalised(said) == short.squad_normalised(gold)
+                assert (grader("short")(ask(gold), said).verdict == "right") == same
+                closest, pairs = max(closest, 0 if same else short.token_f1(said, [gold])), pairs + 1
+    assert pairs > 5000
+    assert closest > 0.9
+
+
+def test_scores_do_not_tell_right_answers_from_wrong_ones():
+    """TruthfulQA: right answers against the other right ones, wrong ones against all, in more than five words."""
+    right, wrong = [], []
+    for row in rows("truthfulqa/TruthfulQA.jsonl"):
+        golds, others = (
+            list(dict.fromkeys(filter(None, map(str.strip, row[f"{kind} Answers"].split(";")))))
+            for kind in ("Correct", "Incorrect")
+        )
+        right += [(gold, [each for each in golds if each != gold]) for gold in golds if len(golds) > 1]
+        wrong += [(other, golds) for other in others]
+    for score in (short.token_f1, lambda said, golds: short.rouge(said, golds)["ROUGE-L"]):
+        likely, unlikely = (
+            np.median([score(said, golds) for said, golds in pairs if len(said.split()) > 5])
+            for pairs in (right, wrong)
+        )
+        assert likely <= unlikely
 
 
 MEGABYTE_PIECES = [
@@ -376,24 +440,19 @@ MEGABYTE_PIECES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["numeric", "symbolic", "choice", "short"])
+@pytest.mark.parametrize("name", ["numeric", "symbolic", "choice", "short", "prose"])
 def test_reading_takes_linear_time(name):
-    judge = grader(name)
-    question = ask("B" if name == "choice" else "7", choices=4)
+    judge = grader("short" if name == "prose" else name)
+    question = ask({"choice": "B", "prose": adversarial.PROSE}.get(name, "7"), choices=4)
 
-    def seconds(piece, length):
+    def taken(piece, length):
         text = piece * (length // len(piece)) + "x"
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            judge(question, text)
-            times.append(time.process_time() - start)
-        return min(times)
+        return seconds(lambda: judge(question, text))
 
     for piece in MEGABYTE_PIECES:
         # Eight times the text may take eight times as long, here forty; quadratic reading takes sixty-four. What takes
         # no time at all has no ratio.
-        assert seconds(piece, 200_000) <= 40 * max(seconds(piece, 25_000), 0.002), piece
+        assert taken(piece, 200_000) <= 40 * max(taken(piece, 25_000), 0.002), piece
 
 
 def assert_few_are_missed(name, graded, allowed=0.01):
@@ -438,14 +497,36 @@ def test_math_gold_solutions_are_right(name):
     assert_few_are_missed(name, graded)
 
 
-def test_debate_transcripts_are_never_read_as_another_letter():
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-4o-mini"])
+def test_debate_transcripts_are_never_read_as_another_letter(model):
     """`rounds_answers` are the letters that the debate's authors read, with a looser reader."""
     read = Counter()
-    for row in rows("debate_medmcqa/gpt-4o-mini_multipersona.jsonl.gz"):
+    for row in rows(f"debate_medmcqa/{model}_multipersona.jsonl.gz"):
         question = ask(row["answer_idx"], choices=tuple(row["options"].values()))
         for texts, letters in zip(row["raw_responses"], row["rounds_answers"], strict=True):
             for text, letter in zip(texts, letters, strict=True):
                 said = grader("choice")(question, text).answer
                 read["same" if said == letter else "none" if not said else "another"] += 1
     assert read["another"] == 0
-    assert read["same"] > 200
+    assert read["same"] > 330
+
+
+FORMS = [
+    ("### Final Answer:\n(C) bile", "C"),
+    ("#### Why the others fail\nThey do.\n\n### Updated Answer:\n(B) lymph.", "B"),
+    ("### Answer\n\nThe best match is:\n\n**(B) lymph**\n\nThis fits what was found.", "B"),
+    ("### Answer\n\nIt has to do with fats.\n\n**Answer: (C) bile**", "C"),
+    ("The answer is (C) bile\n\n**Reasoning**: fats.", "C"),
+    # A second letter, a doubt, or words of another choice: nothing that could be read two ways is read.
+    ("### Answer\n\nIt could be (A) blood.\n\n(B) lymph\n\n(C) bile", ""),
+    ("### Answer\n\nIt is not:\n\n(B) lymph", ""),
+    ("### Answer\n\nThe best match is:\n\n(B) bile", ""),
+    ("#### A\nThe answer is (B) lymph.", ""),
+    ("#### A. blood\nNo.\n#### B. lymph\nYes.", ""),
+]
+
+
+@pytest.mark.parametrize(("text", "letter"), FORMS)
+def test_headings_lead_to_an_answer_or_are_none(text, letter):
+    question = ask("B", choices=("blood", "lymph", "bile", "pus"))
+    assert grader("choice")(question, text).answer == letter

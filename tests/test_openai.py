@@ -19,6 +19,7 @@ from agentark_jax.engines.sglang import SGLangEngine
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.protocols.calls import Caller, CallFailed, Draw
 from agentark_jax.protocols.single import answer
+from agentark_jax.protocols.table import Agent, Pool
 from agentark_jax.records import Label, Question, Sampling
 from agentark_jax.traces.config import SelectionConfig
 from agentark_jax.traces.labels import labelled_turns
@@ -292,7 +293,9 @@ def test_the_token_is_neither_said_nor_stored(form, tmp_path, monkeypatch, caplo
     async def call():
         async with endpoint.serving() as url, make_engine([url], form.tokenizer) as engine:
             with pytest.raises(CallFailed, match=r"bad request by Bearer \[token\]") as failure:
-                await answer(QUESTION, Caller(engine, store, form, seed=0), Draw(0.0, 20), protocol="single")
+                await answer(
+                    QUESTION, Pool((Agent(Caller(engine, store, form, seed=0)),)), Draw(0.0, 20), protocol="single"
+                )
             return failure.value.turn
 
     with TraceStore(tmp_path / "traces.sqlite") as store:
@@ -311,8 +314,8 @@ def test_what_was_said_is_learned_from_and_marked(form, tmp_path):
     async def call():
         async with endpoint.serving() as url, make_engine([url], form.tokenizer) as engine:
             caller = Caller(engine, store, form, seed=0)
-            first = await answer(QUESTION, caller, Draw(0.5, 40), protocol="debate")
-            again = await answer(QUESTION, caller, Draw(0.5, 40), protocol="debate")
+            first = await answer(QUESTION, Pool((Agent(caller),)), Draw(0.5, 40), protocol="debate")
+            again = await answer(QUESTION, Pool((Agent(caller),)), Draw(0.5, 40), protocol="debate")
             assert [turn.key for turn in again] == [turn.key for turn in first]
             return again
 

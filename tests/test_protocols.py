@@ -22,7 +22,7 @@ from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.protocols.debate import debate, longest_prompt
 from agentark_jax.protocols.peers import another_question, derangement, neighbours, noise, real
 from agentark_jax.protocols.self_consistency import SelfConsistencyConfig, self_consistency
-from agentark_jax.protocols.single import answer
+from agentark_jax.protocols.single import answer, explain
 from agentark_jax.protocols.table import Agent, Pool
 from agentark_jax.records import Question
 from agentark_jax.traces.store import TraceStore
@@ -586,31 +586,62 @@ def test_what_was_said_with_another_tokenizer_is_read_as_text_and_marked(form, f
 def test_whatever_determines_a_call_makes_it_another_call(form, store, change):
     engine = ScriptedEngine(form, numbered)
     draw = {"temperature": 0.8, "max_tokens": 8}
-    asyncio.run(answer(QUESTION, Caller(engine, store, form, seed=0), Draw(**draw), protocol="single"))
+    asyncio.run(answer(QUESTION, Pool((Agent(Caller(engine, store, form, seed=0)),)), Draw(**draw), protocol="single"))
     for key in ("weights", "model"):
         setattr(engine, key, change.get(key, getattr(engine, key)))
     draw.update({key: change[key] for key in draw if key in change})
     caller = Caller(engine, store, form, seed=change.get("seed", 0))
-    asyncio.run(answer(QUESTION, caller, Draw(**draw), protocol="single"))
+    asyncio.run(answer(QUESTION, Pool((Agent(caller),)), Draw(**draw), protocol="single"))
     assert len(engine.prompts) == 2
+
+
+def test_who_explains_knows_the_answer_and_the_student_does_not(form, store):
+    engine = ScriptedEngine(form, numbered)
+    pool = Pool((Agent(Caller(engine, store, form, seed=0)),))
+    turns = asyncio.run(explain(QUESTION, pool, Draw(0.8, 8), samples=2, protocol="hinted"))
+    assert [(turn.call.protocol, turn.call.sample, turn.call.parents) for turn in turns] == [
+        ("hinted", 0, ()),
+        ("hinted", 1, ()),
+    ]
+    for prompt in engine.prompts:
+        assert "How many?" in prompt
+        assert "The right answer is 7." in prompt
+        assert 'End with "The answer is ..."' in prompt
+    learned = turn_example(form, QUESTION, turns[0], variant="round1_only").ids.tolist()
+    asked = [token for segment in form.question(QUESTION) for token in segment]
+    assert learned == [*asked, *turns[0].completion.ids.tolist()]
 
 
 def test_samples_and_questions_have_seeds_of_their_own(form, store):
     caller = Caller(ScriptedEngine(form, numbered), store, form, seed=0)
     draw = Draw(0.8, 8)
-    turns = asyncio.run(answer(QUESTION, caller, draw, samples=4, protocol="single"))
-    turns += asyncio.run(answer(OTHER, caller, draw, samples=4, protocol="single"))
+    turns = asyncio.run(answer(QUESTION, Pool((Agent(caller),)), draw, samples=4, protocol="single"))
+    turns += asyncio.run(answer(OTHER, Pool((Agent(caller),)), draw, samples=4, protocol="single"))
     assert len({turn.call.sampling.seed for turn in turns}) == 8
     assert all(0 <= turn.call.sampling.seed < 2**64 for turn in turns)
+
+
+def test_who_is_told_the_answer_is_asked_for_the_way_to_it(form, store):
+    """Agents in turn, each with its own temperature; the question alone is what `answer` asks."""
+    engine = ScriptedEngine(form, numbered)
+    pool = Pool(tuple(Agent(Caller(engine, store, form, seed=0), temperature) for temperature in (None, 0.3)))
+    told = asyncio.run(explain(QUESTION, pool, Draw(0.8, 8), samples=3, protocol="hinted"))
+    assert [turn.call.sampling.temperature for turn in told] == [0.8, 0.3, 0.8]
+    assert len({turn.call.sampling.seed for turn in told}) == 3
+    for turn in told:
+        prompt = form.tokenizer.decode(turn.call.prompt_ids.tolist())
+        assert f"The right answer is {QUESTION.answer}." in prompt
+    asked = asyncio.run(answer(QUESTION, pool, Draw(0.8, 8), samples=2, protocol="samples"))
+    assert [turn.call.prompt for turn in asked] == [form.question(QUESTION)] * 2
 
 
 def test_a_failed_call_is_kept_as_an_attempt_and_tried_again(form, store):
     caller = Caller(ScriptedEngine(form, numbered, fails=lambda prompt, call: call == 0), store, form, seed=0)
     with pytest.raises(AgentArkError, match="went away"):
-        asyncio.run(answer(QUESTION, caller, Draw(0.8, 8), protocol="single"))
+        asyncio.run(answer(QUESTION, Pool((Agent(caller),)), Draw(0.8, 8), protocol="single"))
     (failed,) = store.turns()
     assert (failed.attempt, failed.completion, failed.error) == (0, None, "the server went away")
-    (turn,) = asyncio.run(answer(QUESTION, caller, Draw(0.8, 8), protocol="single"))
+    (turn,) = asyncio.run(answer(QUESTION, Pool((Agent(caller),)), Draw(0.8, 8), protocol="single"))
     assert turn.attempt == 1
     assert turn.key == failed.key
     assert store.lookup(turn.key).completion.text == turn.completion.text

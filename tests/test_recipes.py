@@ -10,7 +10,7 @@ from agentark_jax.training.config import FitConfig
 from benchmarks import dry_runs
 from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
 
-NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", LORA.stem}
+NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", LORA.stem}
 RUNS = list(dry_runs.dry_runs())
 
 

@@ -10,10 +10,23 @@ import jax
 import pytest
 from tiny_models import write_model
 
+from agentark_jax.checks import check_lengths
 from agentark_jax.cli import main
+from agentark_jax.config import RunConfig, WarmStartConfig
+from agentark_jax.data.chat import make_format
+from agentark_jax.data.config import PromptConfig
+from agentark_jax.data.render import Layout
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.errors import UsageError
+from agentark_jax.generation import Model, Seat
+from agentark_jax.models.config import load_config
+from agentark_jax.protocols.config import DebateConfig
+from agentark_jax.protocols.single import HINT
+from agentark_jax.protocols.table import CLOSING
+from agentark_jax.records import Question
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
+from agentark_jax.training.config import FitConfig
 
 TINY = Path(__file__).parent / "tiny.yaml"
 
@@ -78,6 +91,17 @@ def changed(good: Path, directory: Path, **change: Any) -> Path:
             "the model takes 512 tokens, but a call of a debate, without what it quotes, can take",
         ),
         (["--questions.validation", "0"], "warm_start.answer.eval_every is 60: set questions.validation too"),
+        (["--select.variant", "dialogue"], "select.variant is dialogue and control is among arms"),
+        (
+            ["--select.variant", "dialogue", "--arms", "[]", "--fit.row_length", "128"],
+            "fit.row_length is 128, but an example can take",
+        ),
+        (
+            ["--select.variant", "dialogue", "--arms", "[]", "--debate.rounds", "1"],
+            "select.variant or one of arms is dialogue, but debate.rounds is 1",
+        ),
+        (["--arms", "[dialogue]", "--debate.rounds", "1"], "one of arms is dialogue, but debate.rounds is 1"),
+        (["--select.variant", "summary"], "one of arms is summary, but debate.aggregation is majority: set that to"),
     ],
 )
 def test_settings_that_do_not_go_with_the_model(
@@ -124,6 +148,32 @@ def test_rows_of_padding_are_legal_and_said(
     monkeypatch.setattr("agentark_jax.progress.Display.say", lambda display, text: shown.append(text))
     refused(good, "--fit.freeze", "[embed]")
     assert any("the embedding has 40 rows more than the tokenizer has tokens" in text for text in shown)
+
+
+def test_what_an_arm_will_be_shown_or_told_fits(good: Path) -> None:
+    """The task's own rationales may be longer than any answer; who is told an answer is told it in many words."""
+    form = make_format(good, PromptConfig())
+    model = Model("good", good, "revision", load_config(good), form)
+    way = " ".join(["Mia has 5 coins."] * 12)
+    questions = {
+        "warm_start": [Question.make("task", "warm_start", "How many coins?", "5", "The answer is 5.")],
+        "debate": [Question.make("task", "debate", "How many coins are left?", "5", f"{way}\nThe answer is 5.")],
+    }
+
+    def longest(*arms: str, agents: int = 1, **fit: int) -> int:
+        debate = DebateConfig(agents=agents, rounds=1, max_tokens=24)
+        warm_start = WarmStartConfig(peers=1, answer=FitConfig(row_length=512), revision=FitConfig(row_length=512))
+        config = RunConfig(arms=list(arms), debate=debate, warm_start=warm_start, fit=FitConfig(**fit))
+        return check_lengths(config, model, [Seat(model, ())], Layout(), questions)
+
+    (debated,) = questions["debate"]
+    learned = sum(map(len, form.question(debated))) + len(form.response(debated.rationale))
+    with pytest.raises(UsageError, match=f"fit.row_length is {learned - 1}, but an example can take {learned} tokens"):
+        longest("gold", row_length=learned - 1)
+    alone = longest("gold", row_length=learned)
+    assert longest("control", row_length=learned - 1) == alone
+    asked = sum(map(len, form.instruction([HINT.format(question=debated.prompt, answer="5") + CLOSING])))
+    assert longest("hinted", row_length=512) == asked + 24 > alone
 
 
 def test_questions_that_are_held_out_in_other_words(good, refused, tmp_path):

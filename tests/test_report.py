@@ -40,9 +40,12 @@ def arm(label: str, correct: int, n: int, tokens: float, protocol: str = "single
     }  # fmt: skip
 
 
-def difference(a: str, b: str, value: float, low: float, high: float) -> dict:
+def difference(
+    a: str, b: str, value: float, low: float, high: float, p_value: float = 0.01, p_holm: float = 0.02
+) -> dict:
     return {
-        "name": f"{a}_{b}", "a": a, "b": b, "difference": value, "low": low, "high": high, "n": 96, "p_value": 0.2,
+        "name": f"{a}_{b}", "a": a, "b": b, "difference": value, "low": low, "high": high, "n": 96, "p_value": p_value,
+        "p_holm": p_holm, "level": 0.95,
         "minimum_detectable": 0.105, "sentence": f"{a} against {b} in a sentence.", "seed_low": None, "seed_high": None,
     }  # fmt: skip
 
@@ -67,7 +70,7 @@ def full_results() -> dict:
         },
         "differences": [
             difference("student", "base", 0.083, 0.01, 0.16),
-            difference("student", "single", 0.031, -0.042, 0.104),
+            difference("student", "single", 0.031, -0.042, 0.104, 0.4, 0.4),
             difference("debate", "vote", -0.2, -0.3, -0.1),
         ],
         "counts": {"student": [{"filter": "graded right", "kept": 118, "dropped": 170}]},
@@ -251,6 +254,24 @@ def test_summary_says_what_came_out():
     assert "no difference is shown (smallest detectable: 10.5 points)" in null
     assert "20.0 points below" in worse
     assert [words.outcome(item) for item in results["differences"]] == ["better", "null", "worse"]
+
+
+def test_what_holm_takes_back_is_not_called_a_difference():
+    results = full_results()
+    results["differences"][0] |= {"p_value": 0.0312, "p_holm": 0.0624}
+    assert words.outcome(results["differences"][0]) == "null"
+    assert words.finding(results, results["differences"][0]) == (
+        "“Debate student” came out 8.3 points above “Base model” [+1.0, +16.0], n = 96; after Holm's correction for "
+        "3 comparisons (p = 0.062) no difference is shown."
+    )
+    shown = Page(render(results, [])).words
+    assert "0.031 0.062" in shown
+    assert "Holm's correction for all 3 of this report" in shown
+    assert "▲ higher" not in shown
+    assert "▲ higher" in Page(render(full_results(), [])).words
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(summary_table(results))
+    assert [line[0] for line in out.getvalue().splitlines() if line[:1] in {*"▲▼○"}] == ["○", "○", "▼"]
 
 
 def test_plot_data_downloads(html):

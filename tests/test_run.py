@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import real_server
 
+from agentark_jax.evaluation.statistics import holm
 from agentark_jax.models.weights import weights_fingerprint
 from agentark_jax.traces.rows import canonical_record
 from agentark_jax.traces.store import TraceStore
@@ -24,8 +25,10 @@ ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "tests" / "tiny.yaml"
 
 
-def start(root: Path, *arguments: str, part: str = "run", **environment: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "agentark_jax.cli", part, "--config", str(CONFIG), "--root", str(root), *arguments]
+def start(
+    root: Path, *arguments: str, part: str = "run", config: Path = CONFIG, **environment: str
+) -> subprocess.Popen:
+    command = [sys.executable, "-m", "agentark_jax.cli", part, "--config", str(config), "--root", str(root), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -36,8 +39,8 @@ def start(root: Path, *arguments: str, part: str = "run", **environment: str) ->
     )
 
 
-def complete(root: Path, *arguments: str, part: str = "run", **environment: str) -> str:
-    process = start(root, *arguments, part=part, **environment)
+def complete(root: Path, *arguments: str, part: str = "run", config: Path = CONFIG, **environment: str) -> str:
+    process = start(root, *arguments, part=part, config=config, **environment)
     shown, _ = process.communicate(timeout=900)
     assert process.returncode == 0, shown
     return shown
@@ -87,6 +90,8 @@ def test_the_report_states_what_the_store_holds(finished):
     questions = dict(store.execute("SELECT split, count(*) FROM questions GROUP BY split").fetchall())
     assert questions == {"warm_start": 200, "validation": 16, "debate": 48, "held_out": 16}
     debated = "turns t JOIN questions q ON q.id = t.question_id WHERE t.protocol = 'debate' AND q.split = 'debate'"
+    adjusted = [difference["p_holm"] for difference in results["differences"]]
+    assert adjusted == holm([difference["p_value"] for difference in results["differences"]])
     assert results["debate"]["turns"] == count(f"count(*) FROM {debated}") == 48 * 3 * 2
     for one in results["debate"]["accuracy_by_round"]:
         where = debated.replace("WHERE", "JOIN labels l ON l.call_key = t.call_key WHERE")
@@ -111,7 +116,7 @@ def base_weights(finished: Path) -> str:
 
 
 def test_student_and_control_learn_from_equally_many_tokens(finished):
-    counts = json.loads((finished / "select" / "manifest.json").read_text())["counts"]
+    counts = json.loads((finished / "select" / "manifest.json").read_text())["counts"]["selections"]
     student, control = counts["student"]["tokens"], counts["control"]["tokens"]
     assert abs(student - control) <= 0.01 * min(student, control)
     trained = json.loads((finished / "results.json").read_text())["training"]
@@ -347,9 +352,9 @@ def test_students_trained_by_adapters(finished, tmp_path):
 
 @pytest.mark.slow
 def test_other_trajectories_with_other_weights(finished, tmp_path):
-    """DA's paths share what a question counts, R-SFT's terms have coefficients; the control is weighed alike."""
+    """A question's paths share what it counts, R-SFT's terms have coefficients; the control is weighed alike."""
     shutil.copytree(finished, tmp_path / "tiny")
-    chosen = ("--select.variant", "diverse_k2", "--fit.coefficients", "{reasoning: 1.0, answer: 2.0}")
+    chosen = ("--select.weighting", "questions", "--fit.coefficients", "{reasoning: 1.0, answer: 2.0}")
     complete(tmp_path, "--update", *chosen)
     run = tmp_path / "tiny"
     for arm in ("student", "control"):
@@ -358,16 +363,17 @@ def test_other_trajectories_with_other_weights(finished, tmp_path):
         lines = (run / arm / "metrics.jsonl").read_text().splitlines()
         assert {"nll/reasoning", "nll/answer"} <= json.loads(lines[0]).keys()
     counts = json.loads((run / "select" / "manifest.json").read_text())["counts"]
-    assert counts["control"]["beside_student"]["tokens"] == [counts[arm]["tokens"] for arm in ("student", "control")]
-    described = json.loads((run / "results.json").read_text())["arms"]["student"]["description"]
-    assert "two different last-round answers" in described
+    found = {arm: counts["selections"][arm]["tokens"] for arm in ("student", "control")}
+    assert counts["matched"]["tokens"] == found
 
 
 @pytest.mark.slow
 def test_several_seeds_share_a_report(finished, tmp_path):
     """The first seed's figures are those of its own run; the pooled ones cover both."""
-    complete(tmp_path, "--seeds", "[0, 1]")
-    pooled, alone = without_timing(tmp_path / "tiny"), without_timing(finished)
+    shutil.copytree(finished, tmp_path / "alone" / "tiny")
+    complete(tmp_path / "alone", "--update", "--arms", "[gold]")
+    complete(tmp_path, "--seeds", "[0, 1]", "--arms", "[gold]")
+    pooled, alone = without_timing(tmp_path / "tiny"), without_timing(tmp_path / "alone" / "tiny")
     assert [seed["seed"] for seed in pooled["per_seed"]] == [0, 1]
     for arm, figures in alone["arms"].items():
         assert pooled["per_seed"][0]["arms"][arm] == figures["accuracy"]
@@ -379,7 +385,7 @@ def test_several_seeds_share_a_report(finished, tmp_path):
             assert (difference["seed_low"] is None) == (abs(first - second) < 1e-12)
     for seed in (0, 1):
         assert (tmp_path / "tiny" / f"seed-{seed}" / "model" / "model.safetensors").exists()
-    assert "Everything was up to date" in complete(tmp_path, "--seeds", "[0, 1]")
+    assert "Everything was up to date" in complete(tmp_path, "--seeds", "[0, 1]", "--arms", "[gold]")
 
 
 @pytest.mark.slow

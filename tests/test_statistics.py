@@ -7,6 +7,7 @@ import pytest
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
+from agentark_jax.evaluation.predictions import Prediction
 from agentark_jax.evaluation.statistics import (
     PairedDifference,
     holm,
@@ -15,6 +16,7 @@ from agentark_jax.evaluation.statistics import (
     sentence,
     wilson_interval,
 )
+from agentark_jax.evaluation.summary import differences
 
 REPEATS = 1_000
 Z = 1.959963984540054
@@ -269,6 +271,25 @@ def test_holm():
     assert (holm([0.02]), holm([])) == ([0.02], [])
 
 
+def test_the_differences_of_a_report_are_one_family():
+    def arm(right: int) -> list[Prediction]:
+        return [Prediction(str(n), "", "right" if n < right else "wrong", 1.0, 1, 1, ("key",)) for n in range(50)]
+
+    seeds = [{"base": arm(20), "plus": arm(26), "most": arm(40), "same": arm(20)}]
+    contrasts = [("plus", "base", "plus over base"), ("most", "base", "most over base"), ("same", "base", "none")]
+    few, all_of_them = (differences(seeds, contrasts[:count], level=0.95) for count in (1, 3))
+    (plus,) = few
+    assert plus["p_value"] == plus["p_holm"] == pytest.approx(0.0143, abs=1e-4)  # McNemar: z = √6
+    assert "higher (p = 0.014), after Holm's correction too (p = 0.014)" in plus["sentence"]
+    assert [each["p_holm"] for each in all_of_them] == holm([each["p_value"] for each in all_of_them])
+    assert [each["p_value"] for each in all_of_them[:1]] == [plus["p_value"]]
+    assert all_of_them[0]["p_holm"] == pytest.approx(2 * plus["p_value"])  # of two left, after the smallest
+    assert [each["name"] for each in all_of_them] == [name for *_, name in contrasts]
+    many = differences(seeds, contrasts[:1] + contrasts[2:] * 3, level=0.95)
+    assert many[0]["p_holm"] == pytest.approx(4 * plus["p_value"])
+    assert "by itself; after Holm's correction for 4 comparisons (p = 0.057) no effect shown" in many[0]["sentence"]
+
+
 def test_sentence():
     result = PairedDifference(0.004, -0.011, 0.019, 500, 500, 0.95, 0.61, 0.0214)
     assert sentence("debate over single-agent data", result) == (
@@ -282,6 +303,15 @@ def test_sentence():
     worse = PairedDifference(-0.03, -0.05, -0.01, 96, 96, 0.9, 0.021, 0.02)
     assert sentence("vote over base", worse) == (
         "vote over base: −3.0 points, 90 % interval −5.0 to −1.0, n = 96: lower (p = 0.021)"
+    )
+    assert sentence("student over base", better, 0.0032, 8).endswith(
+        ": higher (p < 0.001), after Holm's correction too (p = 0.003)"
+    )
+    assert sentence("vote over base", worse, 0.1, 5).endswith(
+        ": lower (p = 0.021) by itself; after Holm's correction for 5 comparisons (p = 0.100) no effect shown"
+    )
+    assert sentence("debate over single-agent data", result, 0.61, 3).endswith(
+        "no effect shown at this size; detectable from 2.1"
     )
     assert sentence("student over base", paired_difference(*pairs(1, 0, 4))).endswith(
         "n = 4: no effect shown, and none of any size could be with so few"

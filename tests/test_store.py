@@ -161,7 +161,8 @@ def test_turns_round_trip_exactly(tmp_path_factory, given_turns):
         assert set(answers) == set(done)
         for key, found in answers.items():
             wanted = done[key].completion.ids, done[key].completion.logprobs
-            assert [None if a is None else (a.dtype, a.tobytes()) for a in found] == [
+            assert found.parents == done[key].call.parents
+            assert [None if a is None else (a.dtype, a.tobytes()) for a in found[:2]] == [
                 None if a is None else (a.dtype, a.tobytes()) for a in wanted
             ]
         assert store.texts(turn.key for turn in given_turns) == {
@@ -182,7 +183,7 @@ def test_a_text_is_never_taken_for_sampled_ids(store, tmp_path):
     store.record_many([sampled, said, empty])
     found = [store.lookup(turn.key).completion for turn in (sampled, said, empty)]
     assert [completion.text_only for completion in found] == [False, True, False]
-    rows_found = {key: logprobs for key, (_, logprobs) in store.completions([said.key, sampled.key, empty.key]).items()}
+    rows_found = {key: each.logprobs for key, each in store.completions([said.key, sampled.key, empty.key]).items()}
     assert rows_found[said.key] is None
     assert rows_found[sampled.key].tolist() == sampled.completion.logprobs.tolist()
     assert rows_found[empty.key].tolist() == []

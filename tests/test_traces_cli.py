@@ -5,11 +5,13 @@ import time
 
 import numpy as np
 import pytest
+from rich.progress import Progress
 from test_exchange import EVERY, LABELS, exported, make_store
 from test_store import make_call, make_turn, tamper, text_only
 
 from agentark_jax.cli import main
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
+from agentark_jax.progress import Bar, _Rate
 from agentark_jax.records import Completion, Turn
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces_cli import plain
@@ -176,3 +178,16 @@ def test_a_missing_store_is_named(capsys, tmp_path):
         code, _, err = run(capsys, *command, tmp_path / "absent.sqlite")
         assert code == 1
         assert f"{tmp_path / 'absent.sqlite'}: there is no trace store" in err
+
+
+def test_a_bar_shows_the_rate_of_tokens_or_of_what_it_counts():
+    clock = iter(range(0, 1000, 2))
+    rates = []
+    for tokens in (0, 600):
+        progress = Progress(_Rate(), get_time=lambda: next(clock))
+        bar = Bar(progress, "judge turns", 40)
+        bar.set(30, 40, tokens)
+        (task,) = progress.tasks
+        task.start_time, task.stop_time = 0, 20
+        rates.append(_Rate().render(task).plain)
+    assert rates == ["1.5/s", "30 tokens/s"]

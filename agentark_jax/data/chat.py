@@ -54,6 +54,7 @@ class ChatFormat:
     SHARED = "{question}\n\nSeveral agents have answered this question, you among them."
     YOURS = "\n\nAnswer {number} is yours."
     YOU_AMONG = "\n\nYou are agent {number}."
+    telling = ("\n\nMy next answer:\n", "\n\nAnother answer:\n", "\n\nBetter answer:\n")
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, *, end_ids: Sequence[int] = (), system: str = ""):
         self.tokenizer = tokenizer

@@ -20,7 +20,7 @@ last round):
     <completion><eos>
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -79,12 +79,15 @@ class Format(Protocol):
     """How a model is asked and how it answers, in token ids.
 
     `stop_ids` end a completion and belong to it. `hash` identifies everything that questions, answers and revisions in
-    the ordinary layout depend on; the words of other layouts are in their prompts, which a call's key covers.
+    the ordinary layout depend on; the words of other layouts are in their prompts, which a call's key covers. `telling`
+    are our words where one answer tells a whole dialogue (no prompt does): before a further answer of one's own, before
+    another's, before the better one.
     """
 
     tokenizer: Tokenizer
     stop_ids: tuple[int, ...]
     hash: str
+    telling: tuple[str, str, str]
 
     def question(self, question: Question) -> Prompt:
         """The prompt of an agent that sees the question alone."""
@@ -132,6 +135,7 @@ class PlainFormat:
     EARLIER = "\nMy earlier answer:"
     I_AM = "\nI am agent {number}."
     MINE = "\nAnswer {number} is mine."
+    telling = ("\n" + OWN, PEER, REVISE)
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -219,22 +223,72 @@ def turn_example(
     student's end token; a completion that was cut off has none. The example is marked `retokenised` where its ids were
     never sampled, so that no log-probabilities belong to them.
     """
-    completion = turn.completion
-    assert completion is not None, "only answers are learned from"
-    foreign = turn.call.tokenizer != form.tokenizer.hash
-    if foreign:
-        ids = list(form.response(completion.text.strip()))
-        if completion.finish != "stop":
-            ids.pop()
-    else:
-        ids = completion.ids.tolist()
-        if turn.call.template != form.hash and completion.finish == "stop":
-            ids[-1] = form.stop_ids[0]
+    assert turn.completion is not None, "only answers are learned from"
     return completion_example(
         form.question(question),
-        ids,
+        _as_said_by(form, turn),
         question_id=question.id,
         variant=variant,
         trace_keys=trace_keys,
-        retokenised=foreign or completion.text_only,
+        retokenised=turn.call.tokenizer != form.tokenizer.hash or turn.completion.text_only,
     )
+
+
+def dialogue_example(
+    form: Format,
+    question: Question,
+    turn: Turn,
+    parents: Mapping[str, Turn],
+    *,
+    variant: str,
+    trace_keys: Sequence[str] = (),
+) -> Example:
+    """What a student learns from a turn and from all that it was shown: to tell the whole dialogue by itself.
+
+    After the question alone, one answer: the agent's own earlier answers, oldest first, what its peers said, then its
+    better answer; between them the words of `Format.telling`, encoded once. Each part is as `turn_example` has it, all
+    but the last as others get to see it: without its end token and whatever the model keeps to itself. All tokens of
+    the answer have loss, our words and what turned out wrong among them: alone, the student must say them too.
+
+    The example is always marked `retokenised`: our words were never sampled, and what was said, though its ids are
+    verbatim, was sampled after other prompts.
+
+    Args:
+        parents: the turns that the turn was shown (`call.parents`), and maybe others, by key.
+
+    Raises:
+        AgentArkError: the turn was shown none, or one that is not given.
+    """
+    shown = turn.call.parents
+    if not shown or not parents.keys() >= set(shown):
+        lacking = ", ".join(sorted(set(shown) - parents.keys()))
+        what = f"the turns it was shown are not all at hand ({lacking})" if shown else "it was shown no other turn"
+        raise AgentArkError(f"turn {turn.key} cannot be learned as a dialogue: {what}. Select from the whole debate.")
+    again, another, better = map(form.tokenizer.encode, form.telling)
+    own = [parents[key] for key in shown if parents[key].call.agent == turn.call.agent]
+    peers = [parents[key] for key in shown if parents[key].call.agent != turn.call.agent]
+    told = [(again, each) for each in own] + [(another, each) for each in peers]
+    ids: list[int] = []
+    for place, (words, each) in enumerate(told):
+        ids += [*(words if place else ()), *form.shown(_as_said_by(form, each))]
+    return completion_example(
+        form.question(question),
+        [*ids, *better, *_as_said_by(form, turn)],
+        question_id=question.id,
+        variant=variant,
+        trace_keys=trace_keys,
+        retokenised=True,
+    )
+
+
+def _as_said_by(form: Format, turn: Turn) -> list[int]:
+    """The completion of a turn as one in this format; see `turn_example`."""
+    completion = turn.completion
+    assert completion is not None, "only answers are learned from"
+    if turn.call.tokenizer != form.tokenizer.hash:
+        ids = list(form.response(completion.text.strip()))
+        return ids if completion.finish == "stop" else ids[:-1]
+    ids = completion.ids.tolist()
+    if turn.call.template != form.hash and completion.finish == "stop":
+        ids[-1] = form.stop_ids[0]
+    return ids

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,11 @@ from agentark_jax.errors import AgentArkError, UsageError
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_PRINTED = (*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100))
+# How byte-level tokens spell bytes (GPT-2's alphabet): those that are seen in print as Latin-1, the others from U+0100.
+_BYTES = {chr(byte): byte for byte in _PRINTED}
+_BYTES |= {chr(0x100 + place): byte for place, byte in enumerate(sorted(set(range(0x100)).difference(_PRINTED)))}
+_BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 
 class Tokenizer:
@@ -119,6 +126,69 @@ class Tokenizer:
     def spell(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens spelled out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """What each token adds to the text in UTF-8: joined, and bytes that are none replaced, they are `decode(ids)`.
+
+        A control token adds nothing, and a token may add a part of a character. A blank that decoding leaves out where
+        a text begins is left out of its token.
+
+        Raises AgentArkError where what a token adds depends on more than that (as in CTC's decoding).
+        """
+        ids = [int(token) for token in ids]
+        known = {token: self._tokenizer.id_to_token(token) for token in set(ids) if not self.is_special(token)}
+        strings: dict[int, str] = {token: string for token, string in known.items() if string is not None}
+        of_token = {token: self._piece(string) for token, string in strings.items()}
+        pieces = [of_token.get(token, b"") for token in ids]
+        if self._has_byte_tokens:
+            kept = [place for place, token in enumerate(ids) if token in strings]
+            for are_bytes, run in groupby(kept, lambda place: bool(_BYTE_TOKEN.fullmatch(strings[ids[place]]))):
+                places = list(run)
+                if are_bytes and not _is_text(b"".join(pieces[place] for place in places)):
+                    for place in places:  # of a run with a wrong byte, all of them are replaced
+                        pieces[place] = "\ufffd".encode()
+        joined, text = b"".join(pieces).decode(errors="replace"), self.decode(ids)
+        blank = joined.removesuffix(text)
+        if blank + text != joined or blank.strip():
+            raise AgentArkError(
+                "tokenizer.json: its decoder makes text that cannot be traced to single tokens. Take a model whose "
+                "decoder is ByteLevel, Metaspace, WordPiece, or made of Replace, ByteFallback, Fuse and Strip."
+            )
+        surplus = len(blank.encode())
+        for place, piece in enumerate(pieces):
+            if not surplus:
+                break
+            pieces[place] = piece[surplus:]
+            surplus -= len(piece) - len(pieces[place])
+        return pieces
+
+    def _piece(self, string: str) -> bytes:
+        if self._is_byte_level:
+            return bytes(map(_BYTES.__getitem__, string)) if _BYTES.keys() >= set(string) else string.encode()
+        byte = _BYTE_TOKEN.fullmatch(string) if self._has_byte_tokens else None
+        # After another token, as decoders treat the first one of a text differently.
+        return bytes([int(byte[1], 16)]) if byte else self._join(["a", string])[1:].encode()
+
+    def _join(self, strings: list[str]) -> str:
+        """The text of tokens by their spellings."""
+        decoder = self._tokenizer.decoder
+        return " ".join(strings) if decoder is None else decoder.decode(strings)
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return self._join(["Ġ"]) == " "
+
+    @cached_property
+    def _has_byte_tokens(self) -> bool:
+        return self._join(["<0x41>"]) == "A"
+
+
+def _is_text(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _special_tokens(path: Path) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """What each token of a trajectory counts: R-SFT's two terms, and the shares of a question's several paths in DA."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,13 +7,14 @@ from typing import Literal
 
 import numpy as np
 
+from agentark_jax.data.spans import spans
+from agentark_jax.data.steps import answer_begins
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Example
 
 Weighting = Literal["tokens", "questions", "paths"]
 COMPLETION, REASONING, ANSWER = "completion", "reasoning", "answer"
-_ANSWER_BEGINS = re.compile(r"the (?:final )?answer is|####|\\boxed\{", re.I)
 
 
 def reasoning_and_answer(example: Example, tokenizer: Tokenizer) -> Example:
@@ -33,15 +33,9 @@ def reasoning_and_answer(example: Example, tokenizer: Tokenizer) -> Example:
 
 def _first_of_answer(ids: Sequence[int], tokenizer: Tokenizer) -> int:
     """Index of the token with the first character of the answer's phrase; their number where there is no phrase."""
-    found = list(_ANSWER_BEGINS.finditer(tokenizer.decode(ids)))
-    if not found:
-        return len(ids)
-    before = found[-1].start()
-    low, high = 0, len(ids)  # the text of ids[:low] ends at the phrase or before, that of ids[:high] after
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if len(tokenizer.decode(ids[:middle])) <= before else (low, middle)
-    return low
+    text, _, ends = spans(ids, tokenizer)
+    answer = answer_begins(text)
+    return len(ids) if answer is None else int(np.argmax(ends > answer))
 
 
 def weigh(examples: Sequence[Example], weighting: Weighting) -> list[Example]:

@@ -26,6 +26,10 @@ class Request:
     shared: int = 0
 
 
+class TooLong(AgentArkError):
+    """A request whose prompt and completion do not fit the engine's context."""
+
+
 class Engine(Protocol):
     """Generates completions; many requests are in flight at once and each is answered when it is done.
 
@@ -56,12 +60,13 @@ class Engine(Protocol):
 def check_ids(ids: np.ndarray, max_tokens: int, *, vocabulary: int, context: int, limit: str) -> None:
     """Raises AgentArkError for ids [T] that no engine can serve: none, outside the vocabulary, or too many.
 
-    Together with `max_tokens` further ones they must fit in `context`; `limit` names that, and what to do about it.
+    Together with `max_tokens` further ones they must fit in `context`, or it is TooLong; `limit` names that, and what
+    to do about it.
     """
     if len(ids) == 0:
         raise AgentArkError("a request needs a prompt.")
     if len(ids) + max_tokens > context:
-        raise AgentArkError(f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed {limit}.")
+        raise TooLong(f"a prompt of {len(ids)} tokens and max_tokens {max_tokens} exceed {limit}.")
     if ids.min() < 0 or ids.max() >= vocabulary:
         raise AgentArkError(f"a prompt id lies outside the vocabulary of {vocabulary}.")
 

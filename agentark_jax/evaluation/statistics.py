@@ -149,12 +149,22 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(value) for value in multipletests(array, method="holm")[1]] if array.size else []
 
 
-def sentence(comparison: str, result: PairedDifference) -> str:
-    """A paired difference in plain words; `comparison` is such as "debate over single-agent data"."""
+def sentence(comparison: str, result: PairedDifference, p_holm: float | None = None, family: int = 1) -> str:
+    """A paired difference in plain words; `comparison` is such as "debate over single-agent data".
+
+    `p_holm` is its p value after Holm's correction, where it is one of a `family` of so many: an effect is stated only
+    where that is below 1 − `result.level` too.
+    """
     low, high = _signed(result.low), _signed(result.high)
     questions = f"n = {result.n}" + ("" if result.clusters == result.n else f" on {result.clusters} questions")
     if result.excludes_zero:
         verdict = f"{'higher' if result.difference > 0 else 'lower'} (p {_p_text(result.p_value)})"
+        if p_holm is not None and p_holm < 1 - result.level:
+            verdict += f", after Holm's correction too (p {_p_text(p_holm)})"
+        elif p_holm is not None:
+            verdict += (
+                f" by itself; after Holm's correction for {family} comparisons (p {_p_text(p_holm)}) no effect shown"
+            )
     elif result.minimum_detectable is None:
         verdict = "no effect shown, and none of any size could be with so few"
     else:

@@ -11,7 +11,15 @@ from typing import Any, get_args
 import numpy as np
 
 from agentark_jax.evaluation.predictions import Prediction
-from agentark_jax.evaluation.statistics import paired_difference, seed_level_interval, sentence, wilson_interval
+from agentark_jax.evaluation.statistics import (
+    MeanInterval,
+    PairedDifference,
+    holm,
+    paired_difference,
+    seed_level_interval,
+    sentence,
+    wilson_interval,
+)
 from agentark_jax.records import FlipClass
 from agentark_jax.traces.labels import LabelledTurn, accuracy_by_round, flip_matrix, flips, majorities
 
@@ -39,8 +47,38 @@ def arm_figures(seeds: Sequence[Predictions], arm: str, *, level: float) -> dict
     }
 
 
-def difference(seeds: Sequence[Predictions], a: str, b: str, name: str, *, level: float) -> dict[str, Any]:
-    """Accuracy of arm `a` less that of arm `b` on the questions both answered, paired, clustered by question."""
+def differences(
+    seeds: Sequence[Predictions], contrasts: Sequence[tuple[str, str, str]], *, level: float
+) -> list[dict[str, Any]]:
+    """The paired difference of each contrast (arm a, arm b, name): a − b.
+
+    `p_value` is of each by itself, `p_holm` adjusted for all of them: the contrasts are one family.
+    """
+    compared = [difference(seeds, a, b, level=level) for a, b, _ in contrasts]
+    adjusted = holm([result.p_value for result, _ in compared])
+    return [
+        {
+            "name": name,
+            "a": a,
+            "b": b,
+            **{key: value for key, value in asdict(result).items() if key != "clusters"},
+            "p_holm": p_holm,
+            "questions": result.clusters,
+            "sentence": sentence(name, result, p_holm, len(contrasts)),
+            "seed_low": None if over_seeds is None else over_seeds.low,
+            "seed_high": None if over_seeds is None else over_seeds.high,
+        }
+        for (a, b, name), (result, over_seeds), p_holm in zip(contrasts, compared, adjusted, strict=True)
+    ]
+
+
+def difference(
+    seeds: Sequence[Predictions], a: str, b: str, *, level: float
+) -> tuple[PairedDifference, MeanInterval | None]:
+    """Accuracy of arm `a` less that of arm `b` on the questions both answered, paired, clustered by question.
+
+    With it the interval over seeds, where there are several that differ.
+    """
     right_a, right_b, clusters, per_seed = [], [], [], []
     for seed in seeds:
         others = {prediction.question_id: prediction for prediction in seed[b]}
@@ -50,17 +88,7 @@ def difference(seeds: Sequence[Predictions], a: str, b: str, name: str, *, level
         clusters += [one.question_id for one, _ in pairs]
         per_seed.append(float(np.mean([(x.verdict == "right") - float(y.verdict == "right") for x, y in pairs])))
     result = paired_difference(np.asarray(right_a), np.asarray(right_b), np.asarray(clusters), level=level)
-    over_seeds = seed_level_interval(per_seed, level) if len(seeds) > 1 else None
-    return {
-        "name": name,
-        "a": a,
-        "b": b,
-        **{key: value for key, value in asdict(result).items() if key != "clusters"},
-        "questions": result.clusters,
-        "sentence": sentence(name, result),
-        "seed_low": None if over_seeds is None else over_seeds.low,
-        "seed_high": None if over_seeds is None else over_seeds.high,
-    }
+    return result, seed_level_interval(per_seed, level) if len(seeds) > 1 else None
 
 
 def debate_figures(seeds: Sequence[Sequence[LabelledTurn]], *, level: float) -> dict[str, Any]:

@@ -80,8 +80,8 @@ def sft_loss_from_hidden(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`sft_loss` after the trunk: from final hidden states and the [V, D] head."""
     weights = term_weights(batch)
-    shares = {term: _share(value, totals[term]) for term, value in weights.items()}
-    folded = jnp.sum(jnp.stack([coefficients[term] * share for term, share in shares.items()]), axis=0)
+    shares = {term: share(value, totals[term]) for term, value in weights.items()}
+    folded = jnp.sum(jnp.stack([coefficients[term] * part for term, part in shares.items()]), axis=0)
     has_loss = jnp.any(jnp.stack([value != 0 for value in weights.values()]), axis=0)
     loss, scores = chunked_nll(
         hidden[:, :-1].reshape(-1, hidden.shape[-1]),
@@ -93,14 +93,14 @@ def sft_loss_from_hidden(
         chunk_bytes=chunk_bytes,
     )
     nll, correct = (array.reshape(has_loss.shape) for array in (-scores.logprobs, scores.correct))
-    metrics = {f"nll/{term}": jnp.sum(share * nll) for term, share in shares.items()}
-    metrics |= {f"accuracy/{term}": jnp.sum(share * correct) for term, share in shares.items()}
+    metrics = {f"nll/{term}": jnp.sum(part * nll) for term, part in shares.items()}
+    metrics |= {f"accuracy/{term}": jnp.sum(part * correct) for term, part in shares.items()}
     metrics["loss"] = jax.lax.stop_gradient(loss)
     metrics["tokens"] = (batch["segment_ids"] > 0).sum()
     metrics["loss_tokens"] = has_loss.sum()
     return loss, metrics
 
 
-def _share(weights: Array, total: Array) -> Array:
-    """weights / total, and zero for a term that has no weight anywhere in the step."""
-    return jnp.where(total == 0, 0.0, weights / jnp.where(total == 0, 1.0, total))
+def share(part: Array, total: Array) -> Array:
+    """part / total, and zero where there is nothing of it in the whole step."""
+    return jnp.where(total == 0, 0.0, part / jnp.where(total == 0, 1.0, total))

@@ -77,3 +77,14 @@ def longest_prompt(question: Question, form: Format, config: DebateConfig) -> in
     if config.aggregation in ("judge", "summariser"):
         prompts.append(form.instruction(instruction(question, config.aggregation, [said] * config.agents)))
     return max(sum(map(len, prompt)) for prompt in prompts)
+
+
+def longest_dialogue(form: Format, config: DebateConfig) -> int:
+    """Tokens of the longest answer that tells what a turn of a debate was shown (`render.dialogue_example`).
+
+    Every answer takes `config.max_tokens`; what other tokenizers make of it is not known.
+    """
+    again, another, better = (len(form.tokenizer.encode(words)) for words in form.telling)
+    earlier = config.rounds - 2 if config.history == "all" else 0
+    peers = max(len(neighbours(config.topology, config.agents, agent)) for agent in range(config.agents))
+    return (earlier + 1 + peers + 1) * config.max_tokens + earlier * again + peers * another + better

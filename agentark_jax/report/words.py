@@ -111,6 +111,11 @@ def arm_label(results: Mapping[str, Any], arm: str) -> str:
 
 
 def outcome(difference: Mapping[str, Any]) -> str:
+    """`better`, `worse` or `null`: what is shown of a difference as one of the report's, after Holm's correction."""
+    return "null" if difference["p_holm"] >= 1 - difference["level"] else by_itself(difference)
+
+
+def by_itself(difference: Mapping[str, Any]) -> str:
     """`better`, `worse` or `null`: on which side of zero the whole interval lies, if on any."""
     low, high = difference.get("low"), difference.get("high")
     if known(low) and low > 0:
@@ -119,7 +124,7 @@ def outcome(difference: Mapping[str, Any]) -> str:
 
 
 def finding(results: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
-    """One sentence for one paired difference; says plainly when the interval includes zero."""
+    """One sentence for one paired difference; says plainly when none is shown."""
     first, second = (arm_label(results, difference[side]) for side in ("a", "b"))
     value = difference["difference"]
     lead = "level with" if value == 0 else f"{number(abs(100 * value), 1)} points {'above' if value > 0 else 'below'}"
@@ -127,6 +132,9 @@ def finding(results: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
     text = f"“{first}” came out {lead} “{second}” {limits}, n = {difference['n']:,}"
     if outcome(difference) != "null":
         return text + "."
+    if by_itself(difference) != "null":
+        adjusted, family = p_value(difference["p_holm"]), plural(len(results["differences"]), "comparison")
+        return f"{text}; after Holm's correction for {family} (p = {adjusted}) no difference is shown."
     smallest = difference.get("minimum_detectable")
     reach = f" (smallest detectable: {number(100 * smallest, 1)} points)" if known(smallest) else ""
     return f"{text}: an interval that includes zero, so no difference is shown{reach}."

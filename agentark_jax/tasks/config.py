@@ -2,6 +2,7 @@
 
 import difflib
 from dataclasses import dataclass, field
+from typing import Any
 
 from agentark_jax.errors import UsageError
 from agentark_jax.tasks.datasets import DATASETS
@@ -48,6 +49,19 @@ class HubConfig:
 
 
 @dataclass(frozen=True)
+class GymConfig:
+    """A generator of the library reasoning-gym, which the extra `gym` installs.
+
+    Attributes:
+        generator: its name; README lists those that are taken.
+        parameters: those of its parameters that differ from the defaults.
+    """
+
+    generator: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TaskConfig:
     """The source of questions.
 
@@ -57,6 +71,7 @@ class TaskConfig:
         path: a file of questions (.jsonl, .json, .gz of these, .parquet); with a dataset's name, the file or directory
             to read it from instead of the hub.
         hub: a dataset on the hub that is not known by name.
+        gym: a generator of the library reasoning-gym, in the place of the built-in one.
         fields: the columns of your own questions.
         grader: what judges answers to your own questions: numeric (the default), symbolic, choice (the default where
             there are choices), short, or final_answer, the built-in generator's.
@@ -73,6 +88,7 @@ class TaskConfig:
     name: str = WORD_PROBLEMS
     path: str | None = None
     hub: HubConfig | None = None
+    gym: GymConfig | None = None
     fields: FieldsConfig = field(default_factory=FieldsConfig)
     grader: str | None = None
     held_out: str | None = None
@@ -89,7 +105,7 @@ class TaskConfig:
             near = difflib.get_close_matches(self.name, TASK_NAMES, n=3, cutoff=0.4)
             raise UsageError(
                 f"task.name is {self.name!r}; use {'one of' if not near else 'perhaps'}: "
-                f"{', '.join(near or TASK_NAMES)}, or set task.path or task.hub for your own questions."
+                f"{', '.join(near or TASK_NAMES)}, or set task.path or task.hub for your own questions, or task.gym."
             )
         if self.path is not None and not self.path:
             raise UsageError("task.path is empty; give a file of questions, or null.")
@@ -118,6 +134,8 @@ class TaskConfig:
     @property
     def title(self) -> str:
         """What the questions are, for a report."""
+        if self.gym is not None:
+            return f"{self.gym.generator} of reasoning-gym"
         if self.name != WORD_PROBLEMS or (self.path is None and self.hub is None):
             return self.name
         return "questions from a file" if self.hub is None else self.hub.id
@@ -125,9 +143,10 @@ class TaskConfig:
     def _check_own(self) -> None:
         """What concerns a user's own questions goes with these alone."""
         own = self.name == WORD_PROBLEMS and (self.path is not None or self.hub is not None)
-        if self.hub is not None and (self.path is not None or self.name != WORD_PROBLEMS):
-            other = "task.path" if self.path is not None else "task.name"
-            raise UsageError(f"task.hub and {other} are both set; leave one out.")
+        given = {"gym": self.gym, "hub": self.hub, "path": self.path, "name": self.name != WORD_PROBLEMS or None}
+        sources = [key for key, value in given.items() if value is not None]
+        if len(sources) > 1 and sources[0] in ("gym", "hub"):
+            raise UsageError(f"task.{sources[0]} and task.{sources[1]} are both set; leave one out.")
         if not own and (self.fields != FieldsConfig() or self.grader is not None):
             key = "fields" if self.fields != FieldsConfig() else "grader"
             raise UsageError(
@@ -135,7 +154,7 @@ class TaskConfig:
                 "task.hub."
             )
         if not own and self.shots and self.name == WORD_PROBLEMS:
-            raise UsageError("task.shots is for questions with a text of their own; set it to 0 for word_problems.")
+            raise UsageError("task.shots is for questions that are read; set it to 0 for those of a generator.")
         if self.grader is not None and self.grader not in GRADERS:
             raise UsageError(f"task.grader is {self.grader!r}; use one of: {', '.join(GRADERS)}.")
 

@@ -49,8 +49,8 @@ class DrawnTask:
         given = self._splits[split]
         if count > len(given):
             raise UsageError(
-                f"the split {split!r} was given {len(given)} questions of {self.name} (task.path or task.name), but "
-                f"{count} are asked; raise its number of questions in the config."
+                f"the split {split!r} was given {len(given)} questions of {self.name} (task.path, task.name or "
+                f"task.gym), but {count} are asked; raise its number of questions in the config."
             )
         return list(given[:count])
 

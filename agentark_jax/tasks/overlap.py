@@ -12,6 +12,9 @@ from agentark_jax.records import Question
 # Of the 7,473 × 1,319 pairs of GSM8K's training and test questions, 2 share so much; of MATH's 7,500 and MATH-500's,
 # 27; of GSM8K's test questions 750 with their variants in GSM-Plus.
 WORDS, SHARE = 13, 0.5
+# In the meta of questions that a program made: they repeat its words and differ in a number or a sign. That no two
+# splits share one is for the program to see to.
+GENERATOR = "generator"
 _WORD = re.compile(r"[^\W_]+")
 
 
@@ -39,9 +42,10 @@ class Overlap:
 def overlaps(learned: Iterable[Question], measured: Iterable[Question]) -> Iterator[Overlap]:
     """The pairs that overlap, in the order of `learned` and then of `measured`; the time is linear in all words.
 
-    Questions of fewer than `WORDS` words only overlap with the same words. Memory is that of the measuring questions.
+    Questions of fewer than `WORDS` words only overlap with the same words, those of a `GENERATOR` with none. Memory is
+    that of the measuring questions.
     """
-    measuring = list(measured)
+    measuring = [question for question in measured if GENERATOR not in question.meta]
     words = [_words(question.asked) for question in measuring]
     same: dict[tuple[str, ...], list[int]] = defaultdict(list)
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # which questions have a run of words

@@ -24,7 +24,7 @@ class Task(Protocol):
 
     @property
     def counts(self) -> Mapping[str, int]:
-        """How many questions were read and how many of them were dropped, by reason; empty for a generator."""
+        """How many questions were read and how many of them were dropped, by reason; empty for the built-in ones."""
         ...
 
     def questions(self, split: str, count: int) -> list[Question]:
@@ -52,12 +52,15 @@ def make_task(config: TaskConfig, sizes: Mapping[str, int]) -> Task:
     """
     # A task module needs SPLITS from here.
     from agentark_jax.tasks.drawn import dataset_task, own_task
+    from agentark_jax.tasks.gym import gym_task
     from agentark_jax.tasks.word_problems import WordProblems
 
     for split, size in sizes.items():
         check_request(split, size)
     if config.name != WORD_PROBLEMS:
         return dataset_task(config, sizes)
+    if config.gym is not None:
+        return gym_task(config, sizes)
     if config.path is not None or config.hub is not None:
         return own_task(config, sizes)
     return WordProblems(config)

@@ -5,6 +5,7 @@ numbers. The hash of the structure alone says to which split a question belongs,
 a question that differs from another split's only in names, objects, opening or closing sentence.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -22,6 +23,11 @@ NAME = "word_problems"
 _GRADER = grader("final_answer")
 # So many draws in a row without a new question mean that there is none left to find.
 PATIENCE = 20_000
+# An equation of two whole numbers that is no part of a longer formula, and the number of a step.
+_EQUATION = re.compile(
+    r"(?<![\w.+*/×=(-])(?<![+*/×=(-]\s)(\d{1,9})\s?([+*×-])\s?(\d{1,9})\s?=\s?(\d{1,9})(?!\w|\s?[+*/×=)-]|\.\d)"
+)
+_NUMBERED = re.compile(r"\A\s*(?:step\s)?\d{1,3}[.:)]\s", re.I)
 _CONNECTIVES = ("", "", "then ", "later ", "next ")
 _T = TypeVar("_T")
 
@@ -96,6 +102,37 @@ class WordProblems:
 
     def grade(self, question: Question, text: str) -> Grade:
         return _GRADER(question, text)
+
+
+def exact_step_truth(question: Question, steps: Sequence[str]) -> tuple[bool, ...] | None:
+    """Which steps of an answer to a word problem are right; `steps` are its parts, which together are its text.
+
+    A step is right if its equations ("3+4=7", "4 + 3 = 7") are those of the question, the numbers before and after
+    each of its operations; the last one, if it gives the final answer, if that is right, too. From the first wrong step
+    on all are wrong. None where this cannot be told for certain: before the first wrong step there is one without an
+    equation that is not the final answer, or with other numbers or formulas; or the final answer is right and an
+    equation that holds is not of the question, so that this may be another way to it.
+    """
+    values = (question.meta["start"], *question.meta["values"])
+    known = set(zip(values, question.meta["operations"], question.meta["operands"], values[1:], strict=False))
+    known |= {(b, operation, a, value) for a, operation, b, value in known if operation != "-"}
+    verdict = _GRADER(question, "".join(steps)).verdict
+    truth: list[bool] = []
+    for index, step in enumerate(steps):
+        if truth and not truth[-1]:
+            truth.append(False)
+            continue
+        found = _EQUATION.findall(step)
+        equations = {(int(a), operation.replace("×", "*"), int(b), int(value)) for a, operation, b, value in found}
+        foreign = equations - known
+        if foreign and verdict == "right" and all(_apply(sign, a, b) == value for a, sign, b, value in foreign):
+            return None
+        is_answer = index == len(steps) - 1 and verdict != "unparseable"
+        rest = _EQUATION.sub("", _NUMBERED.sub("", step))
+        if not (foreign or is_answer) and (not equations or re.search(r"[\d=]", rest)):
+            return None
+        truth.append(not foreign and (not is_answer or verdict == "right"))
+    return tuple(truth)
 
 
 def split_of(structure: str) -> str:

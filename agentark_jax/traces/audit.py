@@ -1,14 +1,16 @@
 """How far graders agree: with each other, and with labels that were given by others."""
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentark_jax.errors import UsageError
 from agentark_jax.records import Question, Verdict
+from agentark_jax.tasks.grading.short import SCORES, scores
 from agentark_jax.tasks.rows import read_file
+from agentark_jax.traces.store import TraceStore
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,22 @@ def agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> Agreement:
     return Agreement(
         counts["right", "right"], counts["right", "wrong"], counts["wrong", "right"], counts["wrong", "wrong"]
     )
+
+
+# Protocol, role and round.
+Group = tuple[str, str, int]
+
+
+def scores_by_group(store: TraceStore, keys: Iterable[str]) -> dict[Group, dict[str, list[tuple[float, ...]]]]:
+    """How close these turns come to the gold answers, by `SCORES`: in each group, for each question, a row a turn."""
+    questions = {question.id: question for question in store.questions()}
+    found: dict[Group, dict[str, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for turn in store.turns(keys=keys, errors=False):
+        assert turn.completion is not None
+        call = turn.call
+        row = scores(questions[call.question_id], turn.completion.text)
+        found[call.protocol, call.role, call.round][call.question_id].append(tuple(row[name] for name in SCORES))
+    return found
 
 
 def read_labelled(path: Path) -> list[Labelled]:

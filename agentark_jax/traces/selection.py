@@ -43,6 +43,11 @@ class Trajectory:
     `trace_keys` are the keys of the agent's turns up to this one, `turn_key`, in round order. `corrective`: the agent
     was wrong (or unparseable) in an earlier round. `logprobs` are those of the sampled tokens, `completion_ids`; None
     where these were encoded from a text (`Completion.text_only`).
+
+    Of a `dialogue`, `trace_keys` are those of the turns that it tells, in that order, `turn_key` last. `completion_ids`
+    are what was said in them, each part in its speaker's tokenizer, without the end tokens inside; the words between
+    are the student's format's (`render.dialogue_example`). No part but the first was sampled after what stands before
+    it here, so `logprobs` is None.
     """
 
     question_id: str
@@ -103,6 +108,16 @@ def subset(selection: Selection, fraction: float, seed: int) -> Selection:
     )
     chosen = set(questions[: max(1, round(fraction * len(questions)))])
     return keep_only(selection, "subset", lambda trajectory: trajectory.question_id in chosen)
+
+
+def check_filled(name: str, selection: Selection) -> None:
+    """Raises AgentArkError where the arm `name` would learn from nothing."""
+    if not selection.trajectories:
+        funnel = ", ".join(f"{step.filter}: {step.kept} left" for step in selection.funnel)
+        raise AgentArkError(
+            f"The selection {name} ({selection.variant}) is empty, so nothing can be learned from it ({funnel}). Ask "
+            "easier questions, let warm_start.answer teach longer, or debate more questions."
+        )
 
 
 def keep_only(selection: Selection, name: str, test: Callable[[Trajectory], bool]) -> Selection:

@@ -16,7 +16,7 @@ from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -36,8 +36,16 @@ _TURNS = ", ".join(codec.TURN_COLUMNS)
 _SETTINGS = ("foreign_keys = ON", "synchronous = NORMAL", "cache_size = -131072", "wal_autocheckpoint = 16384")
 
 
-# Token ids [T] int32 and log-probabilities [T] float32 (None as in `Completion`).
-Sampled = tuple[np.ndarray, np.ndarray | None]
+class Said(NamedTuple):
+    """What a turn said: token ids [T] int32, log-probabilities [T] float32 (None as in `Completion`).
+
+    `parents` are the keys of the turns that it was shown.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray | None
+    parents: tuple[str, ...]
+
 
 # Told, by what takes long, how many more turns are done.
 OnTurns = Callable[[int], None]
@@ -197,16 +205,14 @@ class TraceStore:
         """The successful turn of a call, if there is one."""
         return next(self.turns(keys=[key], errors=False), None)
 
-    def completions(self, keys: Iterable[str]) -> dict[str, Sampled]:
-        """Token ids [T] int32 and log-probabilities [T] float32 of the successful turns among these calls, by key.
-
-        Log-probabilities are None as in `Completion`.
-        """
-        found: dict[str, Sampled] = {}
-        for page in self._pages("call_key, attempt, completion_ids, logprobs", keys=keys, errors=False):
-            for row in page:
-                with self._reading(row):
-                    found[row[0]] = codec.decode_ids(row[2]), codec.decode_logprobs(row[3], row[2])
+    def completions(self, keys: Iterable[str]) -> dict[str, Said]:
+        """What the successful turns among these calls said, by key."""
+        found: dict[str, Said] = {}
+        for page in self._pages("call_key, attempt, completion_ids, logprobs, parents", keys=keys, errors=False):
+            for key, _, ids, logprobs, parents in page:
+                with self._reading((key,)):
+                    sampled = codec.decode_ids(ids), codec.decode_logprobs(logprobs, ids)
+                    found[key] = Said(*sampled, tuple(json.loads(parents)))
         return found
 
     def texts(self, keys: Iterable[str]) -> dict[str, str]:

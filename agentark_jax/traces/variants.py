@@ -3,7 +3,6 @@
 Every choice is a pure function of a set of rows, whatever their order, and counts what each filter kept and dropped.
 """
 
-from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +10,16 @@ from itertools import groupby
 
 import numpy as np
 
-from agentark_jax.records import ids_hash
-from agentark_jax.traces.config import SelectionConfig, Variant
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.records import JUDGE, SUMMARISER, ids_hash, stable_hash
+from agentark_jax.traces.config import GOLDLESS, SelectionConfig, Variant
 from agentark_jax.traces.labels import LabelledTurn, by_speaker, majority_vote
+from agentark_jax.traces.matching import nearest_in_length
 from agentark_jax.traces.selection import FunnelStep, Selection, Trajectory, keep_only, subset
-from agentark_jax.traces.store import Sampled
+from agentark_jax.traces.store import Said
 
-# Token ids and log-probabilities of turns, by key.
-Completions = Callable[[Iterable[str]], Mapping[str, Sampled]]
+# What turns said, by key.
+Completions = Callable[[Iterable[str]], Mapping[str, Said]]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,10 @@ _FILTERS: dict[Variant, tuple[_Filter, ...]] = {
     "diverse_k2": (_LAST, *_CORRECT, _SEVERAL),
     "diverse_k3": (_LAST, *_CORRECT, _SEVERAL),
     "round1_only": (_FIRST, *_CORRECT),
+    "dialogue": (_LAST, *_CORRECT),
+    "summary": (_EVERY, *_CORRECT),
+    "majority": (_LAST, _PARSEABLE, _WHOLE, _MAJORITY),
+    "random": (_LAST, _PARSEABLE, _WHOLE),
 }
 
 
@@ -71,21 +76,36 @@ def select(rows: Iterable[LabelledTurn], config: SelectionConfig, completions: C
     """The trajectories that `config` asks for, among the turns of one debate (or of independent samples).
 
     Args:
+        rows: turns of any role; what a judge said is never learned from, and what a summariser wrote only by `summary`.
         completions: `TraceStore.completions` of the store of the turns. It is asked a question at a time, and only what
             was chosen is kept, so no more has to fit in memory.
 
     Raises:
-        AgentArkError: two rows claim the same place (see `labels.by_speaker`).
+        UsageError: the variant is `summary`, and no row is a summariser's.
+        AgentArkError: two rows claim the same place (see `labels.by_speaker`), or a dialogue tells a turn of no row.
     """
+    summaries = config.variant == "summary"
+    rows = [row for row in rows if (row.role == SUMMARISER if summaries else row.role not in (JUDGE, SUMMARISER))]
+    if summaries and not rows:
+        raise UsageError(
+            "select.variant is summary, but no summariser has answered: set debate.aggregation to summariser, or "
+            "choose another variant."
+        )
     histories = by_speaker(rows)
     debates = _debates(histories)
     if config.variant == "non_corrective_matched":
-        model = _choose("corrective_only", histories, debates, completions, config.taken, config.limit)
-        selection = _choose(config.variant, histories, debates, completions, None, None)
+        model = _choose("corrective_only", histories, debates, completions, config.seed, config.taken, config.limit)
+        selection = _choose(config.variant, histories, debates, completions, config.seed, None, None)
         selection = _as_long_as(selection, model)
     else:
-        selection = _choose(config.variant, histories, debates, completions, config.taken, config.limit)
+        selection = _choose(config.variant, histories, debates, completions, config.seed, config.taken, config.limit)
     return subset(selection, config.fraction, config.seed) if config.fraction < 1 else selection
+
+
+def possible(rows: Iterable[LabelledTurn]) -> tuple[Variant, ...]:
+    """The variants that `select` knows for these rows: without a summariser's, all but `summary`."""
+    summarised = any(row.role == SUMMARISER for row in rows)
+    return tuple(variant for variant in _FILTERS if summarised or variant != "summary")
 
 
 def _debates(histories: Sequence[_Candidate]) -> dict[tuple[str, str], _Debate]:
@@ -106,6 +126,7 @@ def _choose(
     histories: Sequence[_Candidate],
     debates: Mapping[tuple[str, str], _Debate],
     completions: Completions,
+    seed: int,
     per_question: int | None,
     limit: int | None,
 ) -> Selection:
@@ -115,15 +136,22 @@ def _choose(
         kept = [each for each in candidates if test(each, debates[each[-1].question_id, each[-1].protocol])]
         funnel.append(FunnelStep(name, len(kept), len(candidates) - len(kept)))
         candidates = kept
+    dialogues: dict[str, _Candidate] = {}
+    if variant == "dialogue":
+        dialogues = _dialogues(candidates, histories, completions)
+        kept = [each for each in candidates if each[-1].key in dialogues]
+        funnel.append(FunnelStep("shown nothing, or what broke off", len(kept), len(candidates) - len(kept)))
+        candidates = kept
     # What asks no gold answer prefers none either.
-    prefers = variant != "consensus_only"
+    prefers = variant not in GOLDLESS
+    drawn: Callable[[str], str] = (lambda key: stable_hash([seed, key])) if variant == "random" else (lambda key: "")
     candidates.sort(
-        key=lambda each: (each[-1].question_id, prefers and not _corrective(each), *_place(each)),
+        key=lambda each: (each[-1].question_id, prefers and not _corrective(each), drawn(each[-1].key), *_place(each)),
     )
     distinct = 0
     chosen: list[tuple[int, Trajectory]] = []  # with its rank within its question
     for _, group in groupby(candidates, key=lambda candidate: candidate[-1].question_id):
-        different = _different(list(group), completions)
+        different = _different(list(group), dialogues, completions)
         distinct += len(different)
         if variant.startswith("diverse"):
             different = _diverse(different)
@@ -134,7 +162,12 @@ def _choose(
     if limit is not None:
         # `sorted` leaves equal ones in their order, that of the questions.
         preferred = sorted(
-            range(len(chosen)), key=lambda index: (prefers and not chosen[index][1].corrective, chosen[index][0])
+            range(len(chosen)),
+            key=lambda index: (
+                prefers and not chosen[index][1].corrective,
+                chosen[index][0],
+                drawn(chosen[index][1].turn_key),
+            ),
         )
         within = sorted(preferred[:limit])
         funnel.append(FunnelStep("over limit", len(within), len(chosen) - len(within)))
@@ -148,18 +181,50 @@ def _place(candidate: _Candidate) -> tuple[int, int, int, str]:
     return -turn.round, turn.agent, turn.sample, turn.key
 
 
-def _different(candidates: Sequence[_Candidate], completions: Completions) -> list[Trajectory]:
+def _dialogues(
+    candidates: Sequence[_Candidate], histories: Sequence[_Candidate], completions: Completions
+) -> dict[str, _Candidate]:
+    """What each last turn was shown, its agent's own answers first, then the turn itself; by the turn's key.
+
+    Only where it was shown something, and nothing that broke off: all of it will be learned.
+    """
+    rows = {row.key: row for history in histories for row in history}
+    dialogues: dict[str, _Candidate] = {}
+    for _, group in groupby(candidates, key=lambda candidate: candidate[-1].question_id):
+        turns = [candidate[-1] for candidate in group]
+        said = completions([turn.key for turn in turns])
+        for turn in turns:
+            lacking = sorted(set(said[turn.key].parents) - rows.keys())
+            if lacking:
+                raise AgentArkError(
+                    f"Turn {turn.key} was shown {lacking[0]}, which is not among the turns given: select from the "
+                    "whole debate."
+                )
+            shown = sorted((rows[key] for key in said[turn.key].parents), key=lambda row: row.agent != turn.agent)
+            if shown and all(row.finish != "length" for row in shown):
+                dialogues[turn.key] = (*shown, turn)
+    return dialogues
+
+
+def _different(
+    candidates: Sequence[_Candidate], dialogues: Mapping[str, _Candidate], completions: Completions
+) -> list[Trajectory]:
     """The trajectories of one question's candidates, without those that say, token by token, what one before did."""
-    sampled = completions([candidate[-1].key for candidate in candidates])
+    told = {candidate[-1].key: dialogues.get(candidate[-1].key, candidate[-1:]) for candidate in candidates}
+    said = completions({row.key for rows in told.values() for row in rows})
     found: dict[str, Trajectory] = {}
     for candidate in candidates:
         turn = candidate[-1]
-        ids, logprobs = sampled[turn.key]
+        ids, logprobs, _ = said[turn.key]
+        *before, _ = told[turn.key]
+        if before:
+            # Of what was shown, all but the end tokens; none of it was sampled after what stands before it here.
+            ids, logprobs = np.concatenate([*(said[row.key].ids[:-1] for row in before), ids]), None
         if (name := ids_hash(ids)) not in found:
             found[name] = Trajectory(
                 question_id=turn.question_id,
                 turn_key=turn.key,
-                trace_keys=tuple(row.key for row in candidate),
+                trace_keys=tuple(row.key for row in dialogues.get(turn.key, candidate)),
                 completion_ids=ids,
                 logprobs=logprobs,
                 corrective=_corrective(candidate),
@@ -191,28 +256,6 @@ def _trigrams(ids: np.ndarray) -> set[tuple[int, ...]]:
 
 
 def _as_long_as(selection: Selection, model: Selection) -> Selection:
-    """As many trajectories as `model` has, each near in length to one of those; of the same question where it has any.
-
-    The longest of `model` choose first, those of other questions after all others; ties go to the shorter.
-    """
-    free: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    for trajectory in selection.trajectories:
-        insort(free[trajectory.question_id], (len(trajectory.completion_ids), trajectory.turn_key))
-    taken, unmet = set(), []
-    for wanted in sorted(model.trajectories, key=lambda trajectory: -len(trajectory.completion_ids)):
-        if free[wanted.question_id]:
-            taken.add(_take_nearest(free[wanted.question_id], len(wanted.completion_ids)))
-        else:
-            unmet.append(len(wanted.completion_ids))
-    rest = sorted(each for of_question in free.values() for each in of_question)
-    for length in unmet[: len(rest)]:
-        taken.add(_take_nearest(rest, length))
-    return keep_only(selection, "not matched", lambda trajectory: trajectory.turn_key in taken)
-
-
-def _take_nearest(free: list[tuple[int, str]], length: int) -> str:
-    """Takes the (length, key) nearest to a length out of a sorted list; its key."""
-    above = bisect_left(free, (length, ""))
-    nearest = min(free[max(0, above - 1) : above + 1], key=lambda each: abs(each[0] - length))
-    del free[bisect_left(free, nearest)]
-    return nearest[1]
+    """As many trajectories as `model` has, near to those in length."""
+    near = nearest_in_length(selection.trajectories, model.trajectories)
+    return keep_only(selection, "not matched", lambda trajectory: trajectory.turn_key in near)

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import UsageError, require
 from agentark_jax.models.config import Lora, Remat
 
 Schedule = Literal["cosine", "linear", "constant"]
@@ -120,51 +120,51 @@ class FitConfig:
 
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("steps", "eval_every", "patience", "keep_every"):
             value = getattr(self, key)
-            _require(value is None or value >= 1, key, value, "at least 1, or null")
+            require(value is None or value >= 1, key, value, "at least 1, or null")
         for key in ("learning_rate", "clip_norm"):
             value = getattr(self, key)
-            _require(value > 0 and math.isfinite(value), key, value, "a positive number")
+            require(value > 0 and math.isfinite(value), key, value, "a positive number")
         for key in ("weight_decay", "min_improvement"):
             value = getattr(self, key)
-            _require(value >= 0 and math.isfinite(value), key, value, "zero or a positive number")
+            require(value >= 0 and math.isfinite(value), key, value, "zero or a positive number")
         for term, value in self.coefficients.items():
-            _require(math.isfinite(value), f"coefficients.{term}", value, "a finite number")
-        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "at least 0 and below 1")
+            require(math.isfinite(value), f"coefficients.{term}", value, "a finite number")
+        require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "at least 0 and below 1")
         for key, choices in (("schedule", Schedule), ("remat", Remat), ("compute_dtype", ComputeDtype)):
             value, allowed = getattr(self, key), get_args(choices)
-            _require(value in allowed, key, value, f"one of {', '.join(allowed)}")
-        _require(
+            require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+        require(
             self.rows % self.accumulation == 0, "accumulation", self.accumulation, f"a divisor of rows ({self.rows})"
         )
-        _require(
+        require(
             self.patience is None or self.eval_every is not None,
             "patience",
             self.patience,
             "null when eval_every is null; set eval_every to stop early",
         )
-        _require(
+        require(
             self.lora is None or not self.freeze,
             "freeze",
             self.freeze,
             "empty beside lora, which freezes everything but its adapters",
         )
         profiled = self.profile_steps
-        _require(
+        require(
             not profiled or (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]),
             "profile_steps",
             profiled,
             "empty, or a first and a last step such as [10, 12]",
         )
-        _require(
+        require(
             not self.keep_best or self.eval_every is not None,
             "keep_best",
             self.keep_best,
             "false when eval_every is null; set eval_every to know which is best",
         )
-        _require(
+        require(
             self.wandb is None or find_spec("wandb") is not None,
             "wandb",
             self.wandb,
@@ -177,8 +177,3 @@ class FitConfig:
         """
         ignored = (*BOOKKEEPING, "lora") if self.lora is None else BOOKKEEPING
         return {key: value for key, value in asdict(self).items() if key not in ignored}
-
-
-def _require(holds: bool, key: str, value: object, wanted: str) -> None:
-    if not holds:
-        raise UsageError(f"{key}: {value!r} is not possible; it must be {wanted}")

@@ -6,6 +6,7 @@ the same files: directories are on a disk that they share.
 
 import ctypes
 import gc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,12 @@ class Job:
     validation: Sequence[Example]
     directory: Path
     seed: int
+
+
+def for_steps(config: FitConfig, examples: Sequence[Example], steps: int) -> FitConfig:
+    """The config with which a fit takes so many steps, in as many epochs as that needs."""
+    tokens = sum(len(example.ids) for example in examples)  # of an epoch: it fills at least so many rows
+    return replace(config, steps=steps, epochs=max(1, math.ceil(steps * config.rows * config.row_length / tokens)))
 
 
 def train(job: Job, progress: Progress | None = None) -> FitResult:

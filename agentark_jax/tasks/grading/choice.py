@@ -23,7 +23,7 @@ _ANNOUNCED = re.compile(
     rf"^[ \t]{{0,4}}#{{1,6}} ?(?:(?:updated|final|correct) )?{_KIND}[ \t]*$"
     rf"|\bthe\s{{1,4}}(?:(?:final|correct|best|right|most likely)\s{{1,4}}){{0,2}}{_KIND}\s{{1,4}}is\b:?"
     r"|^[ \t]{0,4}####(?!#)"
-    rf"|^[ \t]{{0,4}}(?:[*#]{{1,4}} ?)?(?:(?:the )?(?:(?:final|correct|best) )?{_KIND}|(?-i:A))(?:\*\*)?:",
+    rf"|^[ \t]{{0,4}}(?:[*#]{{1,4}} ?)?(?:(?:the )?(?:(?:updated|final|correct|best) )?{_KIND}|(?-i:A))(?:\*\*)?:",
     re.I | re.A | re.M,
 )
 _BOX = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]{0,200}\}){0,200})\}")
@@ -32,6 +32,7 @@ _WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox) ?\{([^{}\\]{
 _LETTER = re.compile(
     r"(?:(?:option|choice|answer) )?(?:\((?P<a>[A-Za-z])\)|(?P<b>[A-J])(?![A-Za-z0-9'’-]))(?P<rest>.*)", re.S
 )
+_WORD = re.compile(r"[A-Za-z]{2}")
 _LONE_LETTER = re.compile(r"(?<![A-Za-z0-9'’-])(?:[A-J](?![A-Za-z0-9'’-])|\([a-j]\))")
 _REASON = re.compile(r"[.,;:]?\s*(?:because|since|as)\b|[.;,:—–-]?\s*\n|\.\s")
 _DOUBT = re.compile(
@@ -47,12 +48,12 @@ class Choice:
     is an article.
     """
 
-    id = "choice-1"
+    id = "choice-2"
     instruction = f'End with "{ANSWER_PHRASE} (X)", X the letter of your choice, and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
         choices = _choices(question)
-        stated = _stated(text)
+        stated = _stated(text, choices)
         if not stated:
             return Grade("unparseable", detail="no answer phrase")
         letters = {_letter(statement, choices) for statement in stated}
@@ -75,12 +76,14 @@ def _choices(question: Question) -> Sequence[str]:
     return [normalised(str(choice)).rstrip(".") for choice in choices]
 
 
-def _stated(text: str) -> list[str]:
-    """Each statement of an answer, up to the next, boxes among them; without any, a text of one line is one itself."""
+def _stated(text: str, choices: Sequence[str]) -> list[str]:
+    """Each statement of an answer, up to the next, boxes among them; without any, a text of one line is one itself.
+
+    A line that begins with "####" and a word that is no choice is a heading. So is "### Answer" over words that name no
+    choice, where another statement follows.
+    """
     places = [
-        (match.start(), match.end(), "")
-        for match in _ANNOUNCED.finditer(text)
-        if match.group()[-1] in "#:" or starts_a_sentence(text[max(0, match.start() - 200) : match.start()])
+        (match.start(), match.end(), "") for match in _ANNOUNCED.finditer(text) if _announces(match, text, choices)
     ]
     for box in _BOX.finditer(text):
         doubted = STRICT.doubt.search(sentence_before(text, box.start()).replace(BOXED, ""))
@@ -90,9 +93,28 @@ def _stated(text: str) -> list[str]:
     if not places and len(text) <= MAX_ANSWER_LENGTH and "\n" not in text.strip():
         return [text]
     starts = [start for start, *_ in places] + [len(text)]
-    statements = [content + text[end:next] for (_, end, content), next in zip(places, starts[1:], strict=True)]
+    statements = [
+        content + text[end:next]
+        for (start, end, content), next in zip(places, starts[1:], strict=True)
+        if next == len(text) or not _is_preamble(text[start:end], text[end:next], choices)
+    ]
     # "The answer is" right before a box says no more than the box.
     return [statement for statement in statements if statement.strip(_MARKUP)]
+
+
+def _is_preamble(heading: str, section: str, choices: Sequence[str]) -> bool:
+    """Whether what stands under a heading leads to a later statement, naming no choice itself."""
+    if not heading.lstrip().startswith("#") or _LONE_LETTER.search(section):
+        return False
+    return _WORD.match(section.strip(_MARKUP)) is not None and _letter(section, choices) is None
+
+
+def _announces(match: re.Match[str], text: str, choices: Sequence[str]) -> bool:
+    if match.group().strip() == "####":
+        end = text.find("\n", match.end())
+        line = text[match.end() : end if end >= 0 else len(text)][:MAX_ANSWER_LENGTH].strip(" \t*_")
+        return _LETTER.match(line) is not None or _WORD.match(line) is None or _letter(line, choices) is not None
+    return match.group()[-1] == ":" or starts_a_sentence(text[max(0, match.start() - 200) : match.start()])
 
 
 def _letter(statement: str, choices: Sequence[str]) -> str | None:
@@ -101,15 +123,38 @@ def _letter(statement: str, choices: Sequence[str]) -> str | None:
     words = normalised(plain).rstrip(".")
     named = {letter for letter, choice in zip(LETTERS, choices, strict=False) if choice and choice == words}
     match = _LETTER.match(plain)
-    if match is not None:
-        letter = (match["a"] or match["b"]).upper()
+    found = match and _choice_of(match, choices)
+    if match is not None and found is not None:
+        letter, choice = found
         rest = match["rest"].strip()
-        said = normalised(rest).strip(" .:,-–—)")
-        if letter in LETTERS[: len(choices)] and (
-            not said or said == choices[LETTERS.index(letter)] or _is_reason(match["rest"])
-        ):
+        first, line_break, others = rest.partition("\n")
+        reason = line_break + others if choice and _words(first) == choice else match["rest"]
+        if not _words(rest) or _words(rest) == choice or _is_reason(reason):
             named.add(letter)
-    return named.pop() if len(named) == 1 else None
+    return named.pop() if len(named) == 1 else _letter_on_a_line(plain, choices)
+
+
+def _letter_on_a_line(statement: str, choices: Sequence[str]) -> str | None:
+    """The letter of a line that is a letter with the words of its choice, the only one named and nothing in doubt."""
+    if len(_LONE_LETTER.findall(statement)) != 1 or _DOUBT.search(statement):
+        return None
+    for line in statement.split("\n"):
+        match = _LETTER.fullmatch(line.strip(" \t:."))
+        if match is not None:
+            found, words = _choice_of(match, choices), _words(match["rest"])
+            return found[0] if found is not None and words and words == found[1] else None
+    return None
+
+
+def _choice_of(match: re.Match[str], choices: Sequence[str]) -> tuple[str, str] | None:
+    """The letter that is said and the words of its choice; None where there is no such choice."""
+    letter = (match["a"] or match["b"]).upper()
+    place = LETTERS.find(letter)
+    return (letter, choices[place]) if 0 <= place < len(choices) else None
+
+
+def _words(text: str) -> str:
+    return normalised(text).strip(" .:,-–—)")
 
 
 def _is_reason(rest: str) -> bool:

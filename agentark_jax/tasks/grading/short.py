@@ -4,6 +4,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +13,8 @@ from agentark_jax.tasks.grading.reading import ANSWER_PHRASE, HEADED, MAX_ANSWER
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Punctuation that makes another number of one: 12.5 is not 125.
+_POINT, _MINUS = re.compile(r"\.(?=[0-9])"), re.compile(r"(?<![^\s(])[-−](?=[0-9.])")
 _YES_NO = re.compile(r"(yes|no)[,.;:!]", re.I)
 UNANSWERABLE = "unanswerable"
 _REFUSALS = frozenset(
@@ -19,24 +22,61 @@ _REFUSALS = frozenset(
     |question cannot be answered|question is unanswerable|it cannot be answered|not enough information
     |insufficient information""".replace("\n    ", "").split("|")
 )
+SCORES = ("EM", "F1", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BLEU")
+
+# A gold answer of more words is prose. HotpotQA's longest has as many.
+_SHORT_WORDS = 10
+# Characters of an answer to a question with such a gold; QMSum's longest gold has 1,238.
+_PROSE = replace(HEADED, limit=4000)
 
 
 class Short:
     """The words of one of the gold answers: `question.meta["answers"]`, or `question.answer` alone.
 
-    Case, punctuation, articles and white space do not count (SQuAD's normalisation). "Yes, ..." is a yes, unless it
-    goes on with a no; the usual ways to say that there is no answer are one: "unanswerable".
+    Case, punctuation outside numbers, articles and white space do not count, as in SQuAD's normalisation. "Yes, ..."
+    is a yes, unless it goes on with a no; the usual ways to say that there is no answer are one: "unanswerable".
+
+    Where a gold is prose, other words may say the same, and no count of common words tells them from a wrong answer to
+    the same question. What is no gold word for word is then unparseable, for a judge to decide, and no answer, right
+    or not, is one to vote for: `answer` is empty.
     """
 
-    id = "short-1"
+    id = "short-2"
     instruction = f'End with "{ANSWER_PHRASE} ...", as few words as will do, and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
-        said = short_answer(text)
+        golds, said = gold_answers(question), read_free(question, text)
         answer = spelled(said)
         if not answer:
             return Grade("unparseable", detail="no short answer")
-        return Grade("right" if any(answer == spelled(gold) for gold in gold_answers(question)) else "wrong", answer)
+        right = any(_says(said, gold) for gold in golds)
+        if any(map(is_prose, golds)):
+            return Grade("right") if right else Grade("unparseable", detail="not a gold answer word for word")
+        return Grade("right" if right else "wrong", answer)
+
+
+def is_prose(gold: str) -> bool:
+    """Whether there are other ways to say a gold answer: it is long, or a yes or no that gives its reason."""
+    return len(gold.split()) > _SHORT_WORDS or (spelled(gold) in ("yes", "no") and _words(gold) not in ("yes", "no"))
+
+
+def _says(answer: str, gold: str) -> bool:
+    alike = _words if is_prose(gold) else spelled
+    return alike(answer) == alike(gold)
+
+
+def read_free(question: Question, text: str) -> str:
+    """The answer that a text gives to a question; empty for none.
+
+    Where a gold is prose, that is what follows the answer phrase, or the whole text where none announces it.
+    """
+    if not any(map(is_prose, gold_answers(question))):
+        return short_answer(text)
+    read = _PROSE.read(text)
+    if not isinstance(read, Unreadable):
+        return read
+    text = trimmed(text)
+    return text if len(text) <= _PROSE.limit else ""
 
 
 def gold_answers(question: Question) -> Sequence[str]:
@@ -57,13 +97,17 @@ def short_answer(text: str) -> str:
 
 def spelled(answer: str) -> str:
     """One spelling of answers that say the same."""
-    words = squad_normalised(answer)
+    words = _words(answer)
     if words in _REFUSALS:
         return UNANSWERABLE
     decided = _YES_NO.match(answer.strip())
     if decided is not None and len({"yes", "no", "not", "maybe"} & set(words.split())) == 1:
         return decided[1].lower()
     return words
+
+
+def _words(answer: str) -> str:
+    return squad_normalised(_POINT.sub("·", _MINUS.sub("−", answer)))
 
 
 def squad_normalised(text: str) -> str:
@@ -89,9 +133,9 @@ def _f1(said: list[str], gold: list[str]) -> float:
 
 
 def rouge(answer: str, golds: Sequence[str]) -> dict[str, float]:
-    """F-measures "rouge1", "rouge2" and "rougeL" with stemming, each the largest over the gold answers, in [0, 1]."""
-    scores = [_rouge_scorer().score(gold, answer) for gold in golds]
-    return {name: max(float(score[name].fmeasure) for score in scores) for name in ("rouge1", "rouge2", "rougeL")}
+    """F-measures ROUGE-1, ROUGE-2 and ROUGE-L with stemming, each the largest over the gold answers, in [0, 1]."""
+    found = [_rouge_scorer().score(gold, answer) for gold in golds]
+    return {f"ROUGE-{kind}": max(float(score[f"rouge{kind}"].fmeasure) for score in found) for kind in "12L"}
 
 
 @cache
@@ -106,3 +150,12 @@ def bleu(answer: str, golds: Sequence[str]) -> float:
     import sacrebleu
 
     return float(sacrebleu.sentence_bleu(answer, list(golds), use_effective_order=True).score) / 100
+
+
+def scores(question: Question, text: str) -> dict[str, float]:
+    """How close the answer of a text comes to the gold answers, by `SCORES`, in [0, 1]; 0 where it gives no answer."""
+    golds, said = gold_answers(question), read_free(question, text)
+    if not said:
+        return dict.fromkeys(SCORES, 0.0)
+    found = {"EM": exact_match(said, golds), "F1": token_f1(said, golds)}
+    return {**found, **rouge(said, golds), "BLEU": bleu(said, golds)}

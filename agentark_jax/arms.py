@@ -1,0 +1,129 @@
+"""The arms of a run: students beside the debate's own, each of which differs from it in what it learns from.
+
+No difference between a debate's student and the base says that the debate was needed: it may come from more, or from
+more correct, data. A control has what the debate's student has, but for one thing (AgentArk's referees ask for these).
+"""
+
+import difflib
+from dataclasses import dataclass
+from typing import Literal
+
+from agentark_jax.errors import UsageError
+from agentark_jax.traces.config import Variant
+
+STUDENT, CONTROL = "student", "control"
+AFTER = "_after_"
+
+Source = Literal["debate", "samples", "self_refine", "other_peers", "hinted", "rationales", "answers"]
+
+
+# What the variants of selection choose.
+LEARNED: dict[Variant, str] = {
+    "corrective_first": "the debate's last round, corrected answers first",
+    "corrective_only": "answers that their agents corrected in the debate",
+    "non_corrective_matched": "answers of agents that were right all along, matched to corrected ones",
+    "final_only": "one last-round answer a question, the majority's",
+    "consensus_only": "what more than half of the agents answered in the end, right or wrong",
+    "all_correct": "correct answers of every round",
+    "diverse_k1": "one last-round answer of questions where several agents were right",
+    "diverse_k2": "two different last-round answers of questions where several agents were right",
+    "diverse_k3": "three different last-round answers of questions where several agents were right",
+    "round1_only": "correct round-1 answers",
+    "dialogue": "last-round answers and all that they answer to, corrected ones first",
+    "summary": "correct summaries of the last round",
+    "majority": "last-round answers of the majority, right or wrong",
+    "random": "last-round answers drawn at random, right or wrong",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What one student learns from.
+
+    Attributes:
+        source: turns of the `debate`, of independent `samples` of the agents, of a debate in which they hear nobody
+            (`self_refine`) or what was said on other questions (`other_peers`), of agents that were told the right
+            answer (`hinted`); or the task's own `rationales` or bare `answers` to the student's questions.
+        variant: which turns (`traces.config`); None: those that the run's `select` says.
+        matched: it has the student's questions, and of each as many trajectories, of as many tokens, as the student
+            (`traces.matching`). Those are questions on which somebody was right, even where the variant asks no gold
+            answer. An arm that is not matched learns from all its variant has, for as many steps as the student.
+        budget: of the samples, of which there are as many as calls in a debate, only those that the debate's completion
+            tokens on the question would have paid for.
+        label: what reports call it.
+        learns: what it learns from, in words.
+    """
+
+    source: Source
+    variant: Variant | None
+    matched: bool
+    label: str
+    learns: str
+    budget: bool = False
+
+    @property
+    def generated(self) -> bool:
+        """Whether it learns from what agents said."""
+        return self.source not in ("rationales", "answers")
+
+
+CONTROLS = {
+    CONTROL: Arm("debate", "round1_only", True, "single-agent student", "correct round-1 answers"),
+    "samples": Arm("samples", "round1_only", True, "samples student", "correct independent samples"),
+    "samples_budget": Arm(
+        "samples",
+        "round1_only",
+        False,
+        "samples student, equal generation budget",
+        "all correct ones among independent samples, as many as a debate has calls, that the debate's tokens pay for",
+        budget=True,
+    ),
+    "vote_filtered": Arm("samples", "majority", False, "voted samples student", "samples that agree with their vote"),
+    "self_refine": Arm("self_refine", None, True, "self-refine student", "answers refined without peers"),
+    "other_peers": Arm(
+        "other_peers", None, True, "placebo student", "a debate in which peers' answers are of another question"
+    ),
+    "hinted": Arm("hinted", "round1_only", True, "hinted student", "solutions by agents that knew the right answer"),
+    "gold": Arm("rationales", None, False, "gold student", "the task's own rationales"),
+    "answer_only": Arm("answers", None, False, "answer-only student", "the right answers alone"),
+    "majority": Arm("debate", "majority", True, "majority student", LEARNED["majority"]),
+    "random": Arm("debate", "random", True, "random student", LEARNED["random"]),
+}
+
+
+# By name: the controls, and what any other variant selects of the debate.
+ARMS: dict[str, Arm] = {
+    **{variant: Arm("debate", variant, False, f"{variant} student", learns) for variant, learns in LEARNED.items()},
+    **CONTROLS,
+}
+
+
+def data_of(name: str) -> str:
+    """Whose data an arm learns from: `diverse_k2` for `diverse_k2_after_student`."""
+    return name.split(AFTER)[0]
+
+
+def start_of(name: str) -> str | None:
+    """From whose student an arm starts; None: from the base, as all others."""
+    return name.split(AFTER)[1] if AFTER in name else None
+
+
+def label_of(name: str) -> str:
+    """What reports call a student."""
+    label = "debate student" if data_of(name) == STUDENT else ARMS[data_of(name)].label
+    start = start_of(name)
+    return label if start is None else f"{label} after {label_of(start)}"
+
+
+def check_arms(names: list[str]) -> None:
+    """Raises UsageError for names that stand for no arm, stand twice, or start from an arm that is not before them."""
+    for place, name in enumerate(names):
+        data, *start = name.split(AFTER)
+        if (data != STUDENT and data not in ARMS) or len(start) > 1:
+            near = difflib.get_close_matches(data, ARMS, n=3, cutoff=0.5)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Choose among {', '.join(ARMS)}."
+            raise UsageError(f"arms: there is no {name!r}. {hint}")
+        if name in names[:place] or name == STUDENT:
+            raise UsageError(f"arms: {name!r} is there already: name each arm once, and not the student.")
+        if start and start[0] not in (STUDENT, *names[:place]):
+            raise UsageError(f"arms: {name!r} starts from {start[0]!r}, which must come before it or be the student.")

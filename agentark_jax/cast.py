@@ -1,0 +1,89 @@
+"""The models of a run and how they are asked: its own, which the stages make, and those of a team."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from agentark_jax.config import RunConfig
+from agentark_jax.data.chat import make_format
+from agentark_jax.data.config import PromptConfig
+from agentark_jax.data.render import Format, Layout
+from agentark_jax.generation import Model, Seat
+from agentark_jax.models.config import load_config
+from agentark_jax.protocols.config import AgentConfig
+from agentark_jax.stages import Manifest
+
+
+@dataclass(frozen=True)
+class Agents:
+    """Who debates: the base, the team's own models where it has any, and a seat for each agent."""
+
+    base: Manifest
+    team: Manifest | None
+    seats: tuple[Seat, ...]
+
+    @property
+    def inputs(self) -> dict[str, Manifest]:
+        """The stages that their answers depend on."""
+        return {"base": self.base} if self.team is None else {"base": self.base, "team": self.team}
+
+
+class Cast:
+    """Who plays in a run. No weight is read here."""
+
+    def __init__(self, config: RunConfig):
+        self._config = config
+        self._formats: dict[tuple[Path, PromptConfig], Format] = {}  # reading a large tokenizer takes seconds
+
+    def layout(self) -> Layout:
+        """How later rounds show what was said; the warm start teaches what the debate then uses."""
+        settings = self._config.debate
+        return Layout(named=settings.named, shared_first=settings.layout == "shared_first")
+
+    def form(self, raw: Manifest) -> Format:
+        """How the run's own models are asked; they all have the raw model's tokenizer."""
+        return self._format(model_directory(raw), self._config.prompt)
+
+    def model(self, stage: Manifest, form: Format) -> Model:
+        """The model a stage made or found."""
+        directory = model_directory(stage)
+        name = self._config.model.source
+        return Model(name, directory, stage.counts["revision"], load_config(directory), form)
+
+    def seat(self, model: Model) -> Seat:
+        """One of the run's own models, alone."""
+        return Seat(model, tuple(self._config.engine.servers))
+
+    def seats(self, base: Model, team: Manifest | None) -> tuple[Seat, ...]:
+        """Who answers for the agents: the team, or the base for all of them."""
+        return tuple(self._member(member, base, team) for member in self._config.team) or (self.seat(base),)
+
+    def team_slice(self) -> dict[str, Any]:
+        """What of the team the agents' calls depend on."""
+        return {"team": [member.fingerprint() for member in self._config.team]} if self._config.team else {}
+
+    def _member(self, member: AgentConfig, base: Model, team: Manifest | None) -> Seat:
+        model, servers = base, self._config.engine.servers
+        if member.model is not None:
+            assert team is not None, "a team with models of its own has found them"
+            found: Mapping[str, Any] = team.counts["models"][member.model]
+            servers = []
+            directory = Path(found["location"])
+            form = self._format(directory, member.prompt or self._config.prompt)
+            model = Model(member.model, directory, found["revision"], load_config(directory), form)
+        elif member.prompt is not None:
+            model = replace(base, form=self._format(base.directory, member.prompt))
+        servers = servers if member.servers is None else member.servers
+        return Seat(model, tuple(servers), member.api, member.served, member.temperature)
+
+    def _format(self, directory: Path, prompt: PromptConfig) -> Format:
+        key = directory, prompt
+        if key not in self._formats:
+            self._formats[key] = make_format(directory, prompt, embeddings=load_config(directory).vocab_size)
+        return self._formats[key]
+
+
+def model_directory(stage: Manifest) -> Path:
+    """Where the model of a stage lies; absolute where it is not the stage's own."""
+    return stage.directory / stage.counts["location"]

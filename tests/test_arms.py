@@ -1,0 +1,369 @@
+"""The arms of a run: what each learns from, in a run of the smallest size, and how they are named."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import get_args
+
+import numpy as np
+import pytest
+from test_run import complete, refused
+from test_selection import Row, keys, make_row, said
+
+from agentark_jax import arms
+from agentark_jax.arms import CONTROLS, LEARNED, check_arms, label_of
+from agentark_jax.config import RunConfig
+from agentark_jax.data.loader import packed_batches
+from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.pipeline import Pipeline
+from agentark_jax.records import Example, Grade, Question
+from agentark_jax.results import _contrasts
+from agentark_jax.stages import Run, Work, read_manifest
+from agentark_jax.traces.config import SelectionConfig, Variant
+from agentark_jax.traces.matching import within_budget
+from agentark_jax.traces.selection import load_selection
+from agentark_jax.traces.store import TraceStore
+from agentark_jax.training.config import FitConfig
+from agentark_jax.training.job import for_steps
+
+ARMS = [
+    *("control", "samples", "samples_budget", "vote_filtered", "self_refine", "other_peers", "gold", "answer_only"),
+    *("majority", "random", "diverse_k2", "diverse_k2_after_student", "student_after_gold", "dialogue"),
+]
+# Questions of one step: the model is right often, and answers to one question are of like lengths.
+SETTINGS = (
+    *("--task.steps", "[1]", "--task.max_number", "9", "--task.max_value", "20"),
+    *("--questions.debate", "150", "--questions.warm_start", "400", "--warm_start.revision_share", "0.4"),
+    *("--warm_start.answer.epochs", "16", "--warm_start.revision.epochs", "4", "--debate.temperature", "0.7"),
+)
+
+
+def test_every_variant_is_an_arm_with_words_of_its_own():
+    assert set(LEARNED) == set(get_args(Variant))
+    for name in (*get_args(Variant), *CONTROLS):
+        check_arms([name])
+        assert arms.ARMS[name].learns
+        assert label_of(name).endswith(("student", "budget"))
+    assert label_of("diverse_k2_after_student") == "diverse_k2 student after debate student"
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (["contol"], "there is no 'contol'. Did you mean control"),
+        (["control", "control"], "'control' is there already"),
+        (["student"], "'student' is there already"),
+        (["gold_after_samples"], "starts from 'samples', which must come before it"),
+        (["gold", "gold_after_gold_after_gold"], "there is no"),
+    ],
+)
+def test_a_name_that_stands_for_nothing_is_refused(names, complaint):
+    with pytest.raises(UsageError, match=f"arms: .*{re.escape(complaint)}"):
+        check_arms(names)
+
+
+def test_a_run_refuses_it_before_anything_happens(tmp_path):
+    assert "arms: there is no 'placebo'" in refused(tmp_path, "--arms", "[placebo]")
+    assert not list(tmp_path.rglob("manifest.json"))
+
+
+@pytest.mark.parametrize("arms", [["control"], ["control", "gold", "control_after_gold", "student_after_control"]])
+def test_only_what_learned_once_is_called_equal(arms):
+    labels = {b: label for a, b, label in _contrasts(RunConfig(arms=arms)) if a == "student" and b in arms}
+    assert {name for name, label in labels.items() if label.endswith("at equal questions and tokens")} == {"control"}
+    assert set(labels) == set(arms)
+
+
+@pytest.mark.parametrize("lengths", [[9], [40] * 3, [3, 40, 17, 29, 8] * 4])
+@pytest.mark.parametrize("steps", [1, 2, 7, 30])
+def test_a_fit_takes_the_steps_it_is_given(lengths, steps):
+    examples = [
+        Example(np.ones(n, np.int32), {"completion": np.ones(n, np.float32)}, f"q{i}", "x", ())
+        for i, n in enumerate(lengths)
+    ]
+    config = for_steps(FitConfig(rows=2, row_length=40, epochs=50, steps=None), examples, steps)
+    data = packed_batches(examples, seed=0, epochs=config.epochs, rows=config.rows, row_length=config.row_length)
+    assert config.steps == steps <= len(data)
+    assert (config.epochs - 1) * sum(lengths) < steps * 2 * 40, "one fewer might not do"
+
+
+def plain_pipeline(directory: Path, rows: list[Row], **config) -> Pipeline:
+    """Only what selection and the order of students need."""
+    pipeline = object.__new__(Pipeline)
+    pipeline.config = RunConfig(**config)
+    pipeline.run = Run(directory)
+    pipeline.store = SimpleNamespace(completions=said(rows))
+    return pipeline
+
+
+def spoken_rows(source: str, questions: int, *, longer: int = 0) -> list[Row]:
+    """Debates of three agents in two rounds, of which in the end one is wrong; or six samples, two of them wrong."""
+    rows = []
+    for question in range(questions):
+        for index in range(6):
+            agent, round = (index % 3, index // 3) if source == "debate" else (0, 0)
+            wrong = (agent == question % 3) if source == "debate" else (index in (0, 1))
+            length = 10 + (7 * question + 5 * index) % 11 + (longer if round or source != "debate" else 0)
+            row = make_row(
+                f"q{question:03}",
+                agent,
+                round,
+                "wrong" if wrong else "right",
+                ids=[question % 7, index, *range(length)],
+                sample=0 if source == "debate" else index,
+                answer="3" if wrong else "2",
+            )
+            rows.append(row)
+    return rows
+
+
+def selected(directory: Path, sources: dict[str, list[Row]], **config) -> dict:
+    pipeline = plain_pipeline(directory, [row for rows in sources.values() for row in rows], **config)
+    return pipeline.select({source: (source, rows) for source, rows in sources.items()})
+
+
+def renamed(rows: list[Row], prefix: str) -> list[Row]:
+    return [replace(row, key=prefix + row.key) for row in rows]
+
+
+def test_controls_of_a_selection_are_matched_and_others_have_all(tmp_path):
+    debate, samples = spoken_rows("debate", 60), renamed(spoken_rows("samples", 60), "s.")
+    sources = {"debate": debate, "samples": samples}
+    settings = SelectionConfig(per_question=1, limit=50, seed=3)
+    names = ["control", "samples", "samples_budget", "all_correct"]
+    chosen = selected(tmp_path, sources, select=settings, arms=[*names, "gold", "control_after_gold"], curve=[0.5])
+    assert list(chosen) == ["student", *names, "student_50pct"]
+    wanted = [t.question_id for t in chosen["student"].trajectories]
+    assert 25 <= len(wanted) == len(set(wanted)) <= 50
+    for name in ("control", "samples"):
+        assert [t.question_id for t in chosen[name].trajectories] == wanted
+    assert {t.round for t in chosen["control"].trajectories} == {0}
+    assert {t.round for t in chosen["student"].trajectories} == {1}
+    assert {t.turn_key[:2] for t in chosen["samples"].trajectories} == {"s."}
+    # Neither the student's limit nor its number of a question's trajectories holds for what is not matched.
+    assert len(chosen["all_correct"].trajectories) == 60 * 4
+    by_key = {row.key: row for row in samples}
+    for question in {row.question_id for row in samples}:
+        paid = sum(row.tokens for row in debate if row.question_id == question)
+        first: list[Row] = []
+        for row in sorted((row for row in samples if row.question_id == question), key=lambda row: row.sample):
+            if sum(each.tokens for each in [*first, row]) > paid:
+                break
+            first.append(row)
+        kept = [by_key[t.turn_key] for t in chosen["samples_budget"].trajectories if t.question_id == question]
+        assert kept == [row for row in first if row.right]
+    matched = read_manifest(tmp_path / "select").counts["matched"]
+    assert matched["arms"] == ["student", "control", "samples"]
+    assert {t.question_id for t in chosen["student_50pct"].trajectories} < set(wanted)
+
+
+def test_a_budget_is_the_debates(tmp_path):
+    """Samples that are longer than what was said in the debate are fewer."""
+    debate, samples = spoken_rows("debate", 9), renamed(spoken_rows("samples", 9, longer=12), "s.")
+    chosen = selected(tmp_path, {"debate": debate, "samples": samples}, arms=["samples_budget"])["samples_budget"]
+    kept = {row.key for row in within_budget(samples, debate) if row.right}
+    assert set(keys(chosen)) == kept < {row.key for row in samples if row.right}
+
+
+def test_each_control_has_its_source_and_its_choice():
+    assert {name: (each.source, each.variant) for name, each in CONTROLS.items() if each.matched} == {
+        "control": ("debate", "round1_only"),
+        "samples": ("samples", "round1_only"),
+        "self_refine": ("self_refine", None),
+        "other_peers": ("other_peers", None),
+        "hinted": ("hinted", "round1_only"),
+        "majority": ("debate", "majority"),
+        "random": ("debate", "random"),
+    }
+
+
+def test_a_draw_from_the_students_own_debate_does_not_follow_the_student(tmp_path):
+    """The turns nearest in length to the student's are the student's; what knows no gold answer takes its own."""
+    rows = spoken_rows("debate", 90)
+    right = {row.key: row.right for row in rows}
+    chosen = selected(tmp_path, {"debate": rows}, select=SelectionConfig(per_question=1), arms=["random"])
+    count = len(chosen["random"].trajectories)
+    assert count == len(chosen["student"].trajectories) >= 45
+    assert all(right[key] for key in keys(chosen["student"]))
+    assert 0.15 < sum(not right[key] for key in keys(chosen["random"])) / count < 0.55, "one of three is wrong"
+
+
+@pytest.mark.parametrize("change", [{"select": SelectionConfig(seed=1)}, {"arms": ["random"]}, {"curve": [0.25]}])
+def test_whatever_a_selection_depends_on_makes_it_another(tmp_path, change):
+    rows = spoken_rows("debate", 30)
+    selected(tmp_path, {"debate": rows}, arms=["control"])
+    before = read_manifest(tmp_path / "select").fingerprint
+    selected(tmp_path, {"debate": rows}, arms=["control"])
+    assert read_manifest(tmp_path / "select").fingerprint == before
+    selected(tmp_path, {"debate": rows}, **{"arms": ["control"], **change})
+    assert read_manifest(tmp_path / "select").fingerprint != before
+
+
+def test_students_start_where_they_should_for_as_many_steps(tmp_path):
+    rows = spoken_rows("debate", 30)
+    arms = ["control", "gold", "diverse_k2", "diverse_k2_after_student", "student_after_gold", "control_after_gold"]
+    pipeline = plain_pipeline(tmp_path, rows, arms=arms, curve=[0.5])
+    selections = pipeline.select({"debate": ("debate", rows)})
+    told = {}
+
+    def distil(name, start, form, learned, questions, *, steps=None):
+        told[name] = start, learned, steps
+        return SimpleNamespace(name=name, counts={"steps": 11 if name == "student" else 5})
+
+    pipeline.distil = distil
+    questions = [SimpleNamespace(id=each) for each in sorted({row.question_id for row in rows})]
+    students = pipeline.distil_all(SimpleNamespace(name="base"), None, selections, questions)
+    assert list(students) == ["student", *arms, "student_50pct"]
+    assert {name: (start.name, steps) for name, (start, _, steps) in told.items()} == {
+        "student": ("base", None),
+        "control": ("base", None),
+        "gold": ("base", 11),
+        "diverse_k2": ("base", 11),
+        "diverse_k2_after_student": ("student", 11),
+        "student_after_gold": ("gold", None),
+        "control_after_gold": ("gold", None),
+        "student_50pct": ("base", None),
+    }
+    assert told["control_after_gold"][1] is selections["control"]
+    assert told["student_after_gold"][1] is selections["student"]
+    assert told["diverse_k2_after_student"][1] is told["diverse_k2"][1] is selections["diverse_k2"]
+    asked = {t.question_id for t in selections["student"].trajectories}
+    assert [question.id for question in told["gold"][1]] == sorted(asked)
+
+
+def test_what_its_grader_cannot_read_is_not_learned_and_all_of_it_is_an_error(tmp_path):
+    grades = {"The answer is 2.": "right", "Two.": "unparseable"}
+    pipeline = object.__new__(Pipeline)
+    pipeline.task = SimpleNamespace(
+        grader_id="strict-1", grade=lambda question, text: Grade(grades.get(text, "unparseable"))
+    )
+    form = SimpleNamespace(question=lambda question: ((1, 2),), response=lambda text: (len(text), 0))
+    questions = [Question.make("task", "debate", text, "2.", text) for text in ("Two.", "Deux.")]
+    work = Work(tmp_path)
+    examples = pipeline._written(work, "answer_only", questions, form)
+    assert [example.ids.tolist() for example in examples] == [[1, 2, 16, 0]] * 2
+    assert work.counts == {"unreadable": 0}
+    with pytest.raises(AgentArkError, match=r"strict-1 can read none of the 2 texts that gold would learn.*'Two\.'"):
+        pipeline._written(work, "gold", questions, form)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("arms")
+    complete(root, *SETTINGS, "--arms", f"[{', '.join(ARMS)}]")
+    return root / "tiny"
+
+
+def manifest(run: Path, stage: str) -> dict:
+    return json.loads((run / stage / "manifest.json").read_text())
+
+
+@pytest.mark.slow
+def test_controls_have_the_questions_and_tokens_of_the_student(run):
+    counts = manifest(run, "select")["counts"]
+    matched = counts["matched"]
+    controls = [name for name in ARMS if name in CONTROLS and CONTROLS[name].matched]
+    assert matched["arms"] == ["student", *controls]
+    student = load_selection(run / "select" / "student.parquet")
+    wanted = [t.question_id for t in student.trajectories]
+    for name in controls:
+        selection = load_selection(run / "select" / f"{name}.parquet")
+        assert [t.question_id for t in selection.trajectories] == wanted
+        assert abs(selection.tokens - student.tokens) <= 0.01 * min(selection.tokens, student.tokens)
+        assert matched["lengths"][name]["p"] >= 0.05 or matched["lengths"][name]["distance"] <= 0.05
+        fitted = manifest(run, name)["counts"]
+        assert fitted["loss_tokens"] == 2 * selection.tokens  # epochs
+        assert abs(fitted["steps"] - manifest(run, "student")["counts"]["steps"]) <= 1
+
+
+@pytest.mark.slow
+def test_arms_that_are_not_matched_take_as_many_steps(run):
+    steps = manifest(run, "student")["counts"]["steps"]
+    for name in ("samples_budget", "gold", "answer_only", "diverse_k2", "diverse_k2_after_student"):
+        assert manifest(run, name)["counts"]["steps"] == steps
+        described = json.loads((run / "results.json").read_text())["arms"][name]["description"]
+        assert "not matched in volume" in described
+
+
+@pytest.mark.slow
+def test_each_arm_learns_from_what_its_name_says(run):
+    def keys(stage: str) -> list[str]:
+        return json.loads((run / stage / "keys.json").read_text())
+
+    def chosen(name: str) -> list:
+        selection = load_selection(run / "select" / f"{name}.parquet")
+        wanted = [t.turn_key for t in selection.trajectories]
+        turns = {turn.key: turn for turn in store.turns(keys=wanted)}
+        return [turns[key] for key in wanted]
+
+    with TraceStore(run / "traces.sqlite", read_only=True) as store:
+        every = {turn.key: turn for turn in store.turns(errors=False)}
+        labels = {key: label for grader in store.graders() for key, label in store.labels(grader).items()}
+        assert {turn.call.protocol for turn in chosen("samples")} == {"samples"}
+        assert all(labels[turn.key].verdict == "right" and not turn.call.parents for turn in chosen("samples"))
+        refined = [every[key] for key in keys("turns_self_refine")]
+        assert {len(turn.call.parents) for turn in refined} == {0, 1}
+        for turn in refined:
+            assert all(every[parent].call.agent == turn.call.agent for parent in turn.call.parents)
+        misled = [turn for key in keys("turns_other_peers") if (turn := every[key]).call.round == 1]
+        for turn in misled:
+            about = {every[parent].call.question_id for parent in turn.call.parents[1:]}
+            assert len(about) == 1
+            assert turn.call.question_id not in about
+        votes = json.loads((run / "select" / "manifest.json").read_text())["counts"]["selections"]
+        assert votes["samples_budget"]["trajectories"] >= votes["samples"]["trajectories"]
+        spent = {name: tokens(every, keys(name)) for name in ("debate", "turns_samples")}
+        budget = load_selection(run / "select" / "samples_budget.parquet")
+        for question in {t.question_id for t in budget.trajectories}:
+            used = sum(len(t.completion_ids) for t in budget.trajectories if t.question_id == question)
+            assert used <= spent["debate"][question]
+        # No gold answer decides: what is wrong is among it too.
+        for name in ("vote_filtered", "majority", "random"):
+            assert {labels[turn.key].verdict for turn in chosen(name)} <= {"right", "wrong"}
+        assert {labels[turn.key].verdict for turn in chosen("random")} == {"right", "wrong"}
+
+
+def tokens(turns: dict, keys: list[str]) -> dict[str, int]:
+    spent: dict[str, int] = {}
+    for key in keys:
+        turn = turns[key]
+        spent[turn.call.question_id] = spent.get(turn.call.question_id, 0) + len(turn.completion.ids)
+    return spent
+
+
+@pytest.mark.slow
+def test_gold_and_answers_are_those_of_the_students_questions(run):
+    asked = {t.question_id for t in load_selection(run / "select" / "student.parquet").trajectories}
+    assert (
+        manifest(run, "gold")["counts"]["examples"] == manifest(run, "answer_only")["counts"]["examples"] == len(asked)
+    )
+    assert manifest(run, "answer_only")["counts"]["loss_tokens"] < manifest(run, "gold")["counts"]["loss_tokens"]
+    assert manifest(run, "gold")["counts"]["unreadable"] == 0
+
+
+@pytest.mark.slow
+def test_an_arm_goes_on_from_anothers_student(run):
+    assert manifest(run, "diverse_k2_after_student")["inputs"]["base"] == manifest(run, "student")["fingerprint"]
+    assert manifest(run, "student_after_gold")["inputs"]["base"] == manifest(run, "gold")["fingerprint"]
+    assert manifest(run, "diverse_k2")["inputs"]["base"] == manifest(run, "base")["fingerprint"]
+    assert manifest(run, "diverse_k2")["config"]["weighting"] == "questions"
+    revisions = {manifest(run, name)["counts"]["revision"] for name in ("student", *ARMS)}
+    assert len(revisions) == 1 + len(ARMS)
+
+
+@pytest.mark.slow
+def test_every_arm_is_in_the_table_and_nothing_is_done_twice(run):
+    results = json.loads((run / "results.json").read_text())
+    contrasts = {(each["a"], each["b"]) for each in results["differences"]}
+    for name in ARMS:
+        assert results["arms"][name]["n"] == 16
+        assert {("student", name), (name, "base")} <= contrasts
+    assert "Everything was up to date" in complete(run.parent, *SETTINGS, "--arms", f"[{', '.join(ARMS)}]")
+    fewer = ", ".join(ARMS[:2])
+    shown = complete(run.parent, *SETTINGS, "--arms", f"[{fewer}]", "--update")
+    assert "warm_start_answers" in shown
+    assert set(json.loads((run / "results.json").read_text())["arms"]) == {
+        *("base", "vote", "debate", "student", "control", "samples", "student_50pct"),
+    }
