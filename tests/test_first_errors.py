@@ -1,0 +1,139 @@
+"""Solutions with marked errors: the published files, and what a line's label says of steps of tokens."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from agentark_jax.data.first_errors import Solution, line_labels, read_solutions
+from agentark_jax.data.steps import steps
+from agentark_jax.errors import UsageError
+
+DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.exists(), reason="the real data in ../shared/data is not there")
+
+FILES = {
+    ("mr_ben", "mr_ben/math.jsonl.gz"): (918, 769),
+    ("mr_gsm8k", "mr_gsm8k/wrong_solutions_subset.jsonl"): (590, 590),
+    ("prmbench", "prmbench/test.jsonl.gz"): (2848 - 4, 2844),
+    ("big_bench_mistake", "big_bench_mistake/multistep_arithmetic.jsonl"): (300, 238),
+    ("big_bench_mistake", "big_bench_mistake/logical_deduction.jsonl.gz"): (300, 294),
+    ("big_bench_mistake", "big_bench_mistake/tracking_shuffled_objects.jsonl"): (300, 260),
+    ("big_bench_mistake", "big_bench_mistake/word_sorting.jsonl.gz"): (300, 266),
+    ("big_bench_mistake", "big_bench_mistake/dyck_languages.jsonl.gz"): (986, 650),
+}
+
+
+@needs_data
+@pytest.mark.parametrize(("dataset", "file"), FILES)
+def test_published_files_are_read_whole(dataset, file):
+    solutions = read_solutions(dataset, DATA / file)
+    assert (len(solutions), sum(each.first_error is not None for each in solutions)) == FILES[dataset, file]
+    assert all(each.question and each.lines and each.kind for each in solutions)
+
+
+@needs_data
+def test_errors_are_counted_from_the_first_line():
+    (math, *_), (grade, *_), (planted, *_), (mistake, *_) = (
+        read_solutions(dataset, DATA / file) for dataset, file in list(FILES)[:4]
+    )
+    assert "it is impossible" not in math.text
+    assert (math.first_error, math.lines[0][:16], math.kind) == (0, "Step 1: The curv", "Claude2")
+    assert "B: 8" in math.question
+    assert grade.lines[grade.first_error].startswith("Step 2: If it takes Wayne")
+    assert planted.lines[planted.first_error].startswith("3. Assume a pencil costs 29 cents")
+    assert mistake.lines[mistake.first_error].startswith("Let's calculate C =")
+    kinds = Counter(each.kind for each in read_solutions("prmbench", DATA / "prmbench/test.jsonl.gz"))
+    assert kinds["missing_condition"] == 356 - 3
+    assert kinds["confidence"] == 357 - 1
+
+
+@needs_data
+def test_every_published_line_gives_its_label_to_steps_of_tokens(form):
+    apart = wrong = 0
+    for dataset, file in FILES:
+        for solution in read_solutions(dataset, DATA / file)[::5]:
+            found = steps(form.response(solution.text), form.tokenizer)
+            labels = line_labels(solution, found)
+            assert labels.lines.tolist() == sorted(labels.lines)
+            if solution.first_error is None:
+                assert labels.right.all()
+                assert labels.known.all()
+                continue
+            wrong += 1
+            error = int((labels.known & ~labels.right).argmax())
+            assert labels.lines[error] == solution.first_error
+            assert not labels.right[error:].any()
+            assert labels.known[error:].all()
+            belonging = labels.lines == solution.first_error
+            assert not (belonging & labels.right).any()
+            assert labels.right[labels.lines < solution.first_error].all()
+            # The line's last letters are said in its last step, and in no step before.
+            assert solution.lines[solution.first_error].split()[-1][-5:] in found[error].text
+            apart += found[error].text.strip() == solution.lines[solution.first_error].strip()
+    assert wrong > 1000
+    assert 0.3 < apart / wrong < 1, "most wrong lines, but not all, are one step"
+
+
+def labels(form, lines, error):
+    """A letter a step: right, wrong, unknown; and the lines of the steps."""
+    solution = Solution("?", tuple(lines), error, "made")
+    found = line_labels(solution, steps(form.response(solution.text), form.tokenizer))
+    letters = {(True, True): "r", (False, True): "w", (False, False): "u"}
+    return "".join(
+        letters[bool(r), bool(k)] for r, k in zip(found.right, found.known, strict=True)
+    ), found.lines.tolist()
+
+
+@pytest.mark.parametrize(
+    ("lines", "error", "expected"),
+    [
+        (["a b.", "c.", "The answer is 4."], None, ("rrr", [0, 1, 2])),
+        (["a b.", "c.", "The answer is 4."], 0, ("www", [0, 1, 2])),
+        (["a b.", "c.", "The answer is 4."], 1, ("rww", [0, 1, 2])),
+        (["a b.", "c.", "The answer is 4."], 2, ("rrw", [0, 1, 2])),
+        # A line of several steps.
+        (["It is. It was.", "Be 2. And 3. Then 4.", "Yes. No."], 1, ("rruuwww", [0, 0, 1, 1, 1, 2, 2])),
+        (["It is. It was.", "Be 2. And 3. Then 4.", "Yes. No."], 0, ("uwwwwww", [0, 0, 1, 1, 1, 2, 2])),
+        (["It is. It was.", "Be 2. And 3. Then 4.", "Yes. No."], 2, ("rrrrruw", [0, 0, 1, 1, 1, 2, 2])),
+        (["It is. It was.", "Be 2. And 3. Then 4.", "Yes. No."], None, ("r" * 7, [0, 0, 1, 1, 1, 2, 2])),
+        # A step of several lines.
+        (["a", "The answer is 4.", "So.", "I think."], 2, ("rw", [0, 2])),
+        (["a", "The answer is 4.", "So.", "I think."], 0, ("ww", [0, 1])),
+        (["a", "So $$x", "= 3", "= 4.$$ It is. And b.", "c"], 3, ("ruuww", [0, 3, 3, 3, 4])),
+        (["a", "So $$x", "= 3", "= 4.$$ It is. And b.", "c"], 2, ("rwwww", [0, 2, 3, 3, 4])),
+        # Lines without a letter.
+        (["a", "", "b"], 1, ("ww", [1, 2])),
+        (["a", "So b? Yes", ""], 2, ("rrw", [0, 1, 2])),
+        (["", "a", "b"], 1, ("ww", [1, 2])),
+    ],
+)
+def test_a_lines_label_goes_to_its_last_step(form, lines, error, expected):
+    assert labels(form, lines, error) == expected
+
+
+def test_steps_of_another_text_are_refused(form):
+    found = steps(form.response("a\nb"), form.tokenizer)
+    with pytest.raises(ValueError, match="not the steps of this solution"):
+        line_labels(Solution("?", ("a", "c"), 0, "made"), found)
+
+
+GOOD = {"input": "?", "steps": ["a", "b"], "answer": "4", "target": "5", "mistake_index": 1}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "message"),
+    [
+        ("big_bench_mistake", {**GOOD, "mistake_index": 2}, r"line 1.*line 3 is marked as wrong, but there are 2"),
+        ("big_bench_mistake", {**GOOD, "mistake_index": "one"}, r"line 1.*no row of big_bench_mistake"),
+        ("big_bench_mistake", {"input": "?"}, r"line 1.*'answer'.*no row of big_bench_mistake"),
+        ("mr_gsm8k", GOOD, r"line 1.*no row of mr_gsm8k"),
+        ("prm800k", GOOD, r"prm800k.*use one of: mr_ben, mr_gsm8k, prmbench, big_bench_mistake"),
+    ],
+)
+def test_other_rows_are_refused_by_name_and_line(tmp_path, dataset, row, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UsageError, match=message):
+        read_solutions(dataset, path)
