@@ -14,7 +14,9 @@ from agentark_jax.traces.config import Variant
 STUDENT, CONTROL = "student", "control"
 AFTER = "_after_"
 
-Source = Literal["debate", "samples", "self_refine", "other_peers", "hinted", "rationales", "answers"]
+Source = Literal[
+    "debate", "debates", "samples", "self_refine", "other_peers", "hinted", "rationales", "answers", "rollouts"
+]
 
 
 # What the variants of selection choose.
@@ -41,9 +43,11 @@ class Arm:
     """What one student learns from.
 
     Attributes:
-        source: turns of the `debate`, of independent `samples` of the agents, of a debate in which they hear nobody
-            (`self_refine`) or what was said on other questions (`other_peers`), of agents that were told the right
-            answer (`hinted`); or the task's own `rationales` or bare `answers` to the student's questions.
+        source: turns of the `debate`, of as many `debates` of each question as a policy's rollouts would pay for, of
+            independent `samples` of the agents, of a debate in which they hear nobody (`self_refine`) or what was said
+            on other questions (`other_peers`), of agents that were told the right answer (`hinted`); or the task's own
+            `rationales` or bare `answers` to the student's questions; or the student's own `rollouts`, from what they
+            earn.
         variant: which turns (`traces.config`); None: those that the run's `select` says.
         matched: it has the student's questions, and of each as many trajectories, of as many tokens, as the student
             (`traces.matching`). Those are questions on which somebody was right, even where the variant asks no gold
@@ -52,6 +56,7 @@ class Arm:
             tokens on the question would have paid for.
         label: what reports call it.
         learns: what it learns from, in words.
+        judged: whose turns trained the process reward model that judges rollouts; None: the verifier alone does.
     """
 
     source: Source
@@ -60,11 +65,17 @@ class Arm:
     label: str
     learns: str
     budget: bool = False
+    judged: Literal["debate", "samples"] | None = None
 
     @property
     def generated(self) -> bool:
         """Whether it learns from what agents said."""
-        return self.source not in ("rationales", "answers")
+        return self.source not in ("rationales", "answers", "rollouts")
+
+    @property
+    def reinforced(self) -> bool:
+        """Whether it learns from what its own rollouts earn."""
+        return self.source == "rollouts"
 
 
 CONTROLS = {
@@ -86,15 +97,45 @@ CONTROLS = {
     "hinted": Arm("hinted", "round1_only", True, "hinted student", "solutions by agents that knew the right answer"),
     "gold": Arm("rationales", None, False, "gold student", "the task's own rationales"),
     "answer_only": Arm("answers", None, False, "answer-only student", "the right answers alone"),
+    "student_budget": Arm(
+        "debates",
+        None,
+        False,
+        "debate student, generation budget of PAD",
+        "as the student, of so many debates of each question as PAD has rollouts for",
+    ),
     "majority": Arm("debate", "majority", True, "majority student", LEARNED["majority"]),
     "random": Arm("debate", "random", True, "random student", LEARNED["random"]),
 }
 
 
-# By name: the controls, and what any other variant selects of the debate.
+# Process-aware distillation (PAD): a process reward model, then a policy that learns from what its rollouts earn. And
+# what it is compared with: the same without the debate, or without the model.
+REINFORCED = {
+    "pad": Arm(
+        "rollouts",
+        None,
+        False,
+        "PAD student",
+        "what its rollouts earn, judged step by step by a model that learned from the debate",
+        judged="debate",
+    ),
+    "pad_samples": Arm(
+        "rollouts",
+        None,
+        False,
+        "PAD student, single-agent judge",
+        "what its rollouts earn, judged step by step by a model that learned from independent samples",
+        judged="samples",
+    ),
+    "vr": Arm("rollouts", None, False, "verifier-only student", "which of its rollouts are right"),
+}
+
+# By name: the controls, what any other variant selects of the debate, and those that learn from their own rollouts.
 ARMS: dict[str, Arm] = {
     **{variant: Arm("debate", variant, False, f"{variant} student", learns) for variant, learns in LEARNED.items()},
     **CONTROLS,
+    **REINFORCED,
 }
 
 

@@ -9,6 +9,7 @@ from agentark_jax.config import RunConfig
 from agentark_jax.data.chat import make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.render import Format, Layout
+from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.generation import Model, Seat
 from agentark_jax.models.config import load_config
 from agentark_jax.protocols.config import AgentConfig
@@ -58,6 +59,11 @@ class Cast:
     def seats(self, base: Model, team: Manifest | None) -> tuple[Seat, ...]:
         """Who answers for the agents: the team, or the base for all of them."""
         return tuple(self._member(member, base, team) for member in self._config.team) or (self.seat(base),)
+
+    def tokenizers(self, form: Format) -> list[Tokenizer]:
+        """Those of all who may have spoken: the run's own, and those of a team that has sat down."""
+        found = {each.tokenizer.hash: each.tokenizer for each in (form, *self._formats.values())}
+        return list(found.values())
 
     def team_slice(self) -> dict[str, Any]:
         """What of the team the agents' calls depend on."""

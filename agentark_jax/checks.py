@@ -5,8 +5,10 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 
+import jax
+
 from agentark_jax.arms import ARMS
-from agentark_jax.config import FITS, RunConfig
+from agentark_jax.config import PAD_FITS, RunConfig
 from agentark_jax.data.render import Layout, Prompt
 from agentark_jax.errors import UsageError
 from agentark_jax.generation import Model, Seat
@@ -18,6 +20,7 @@ from agentark_jax.protocols.single import hinted
 from agentark_jax.records import Question
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, make_mesh
+from agentark_jax.training.rewards import reward_function
 from agentark_jax.training.state import partition
 
 
@@ -57,7 +60,7 @@ def check_lengths(
         for model in models:
             told = max(_length(hinted(question, model.form)) for question in questions["debate"])
             longest = max(longest, min(told + answer_limit, model.config.max_positions))
-    if not all(ARMS[name].generated for name in config.learned):
+    if not all(ARMS[name].generated or ARMS[name].reinforced for name in config.learned):
         learned = max(learned, *(len(form.response(question.rationale)) for question in questions["debate"]))
     room = max(longest, min(config.methods.context, raw.config.max_positions) if config.methods.chosen() else 0)
     needed = {
@@ -67,6 +70,9 @@ def check_lengths(
         "warm_start.revision.row_length": (config.warm_start.revision.row_length, together + gold, "an example"),
         "fit.row_length": (config.fit.row_length, alone + learned, "an example"),
     }
+    for key in config.fits:
+        if key in PAD_FITS:
+            needed[f"{key}.row_length"] = (attrgetter(key)(config).row_length, alone + answer_limit, "an example")
     short = [
         f"{key} is {given}, but {what} can take {wanted} tokens"
         for key, (given, wanted, what) in needed.items()
@@ -80,7 +86,19 @@ def check_lengths(
 def check_fits(config: RunConfig, directory: Path) -> None:
     """Raises UsageError for a fit that does not go with the model of a directory or with the devices here."""
     model = load_config(directory)
-    for key in FITS:
+    if config.reinforced and jax.process_count() > 1 and not config.engine.servers:
+        raise UsageError(
+            f"engine.servers is empty, but {jax.process_count()} processes train, and the embedded engine would hold a "
+            f"policy of one of them alone: name SGLang servers, or leave {', '.join(sorted(config.reinforced))} out of "
+            "arms."
+        )
+    for name in config.rl.rewards_chosen.coefficients if config.reinforced else ():
+        if ":" in name:
+            try:
+                reward_function(name)
+            except UsageError as error:
+                raise UsageError(f"rl.rewards.{error}") from error
+    for key in config.fits:
         fit: FitConfig = attrgetter(key)(config)
         if fit.row_length > model.max_positions:
             raise UsageError(
@@ -88,7 +106,7 @@ def check_fits(config: RunConfig, directory: Path) -> None:
                 f"{model.max_positions} positions; shorten the rows"
             )
         try:
-            trainable, frozen = partition(transformer.param_shapes(model), fit.freeze)
+            trainable, frozen = partition(transformer.param_shapes(model), fit.freeze, last_layers=fit.last_layers)
             check_mesh(make_mesh(fit.mesh), model, {**trainable, **frozen}, fit.rows, fit.accumulation)
         except UsageError as error:
             raise UsageError(f"{key}.{error}") from error

@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from agentark_jax.errors import AgentArkError, UsageError
@@ -48,9 +49,13 @@ by number, kind and memory (8xH100-80GB), or CPU devices (cpu-8); none of them h
 TPU compiler (pip install 'agentark-jax[tpu]'), CPU memory from the CPU compiler, GPU memory from a model of the
 activations. Neither weights nor data are read. Exit code 0: fits, 1: does not fit.
 
+--training says which training is meant, if not that of the students: rl.fit (of a policy, with what stands beside it),
+prm.frozen, prm.whole, warm_start.answer or warm_start.revision.
+
   agentark fit --config configs/qwen3_8b.yaml
   agentark fit --dry-run --topology v5e-16 --config configs/qwen3_8b.yaml
   agentark fit --dry-run --topology v5e-8 --config configs/qwen3_8b.yaml --fit.rows 8
+  agentark fit --dry-run --training rl.fit --topology 8xH100-80GB --config configs/pad_qwen3_8b_gpu.yaml
 """
 
 USAGE = f"""\
@@ -63,9 +68,14 @@ commands:
              the same up to and including that part; `debate --shard I/N` is one of N workers that share the questions,
              `fit --dry-run` says what the training needs on a named topology, and whether it fits there
   traces     a run's trace store: what was said and what it cost; export, merge, verify
+  prm        process reward models: steps scored and first errors found; how far sources of step labels agree
   logits     a model's logits for an array of token ids, to compare with any other implementation
   generate   a model's completions of a text
 """
+
+
+WARM_TRAININGS = ("warm_start.answer", "warm_start.revision")
+PAD_TRAININGS = ("prm.frozen", "prm.whole", "rl.fit")
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -88,6 +98,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             from agentark_jax.traces_cli import traces
 
             return traces(rest)
+        if command == "prm":
+            from agentark_jax.prm_cli import prm
+
+            return prm(rest)
         if command in ("logits", "generate"):
             from agentark_jax import tools
 
@@ -156,6 +170,7 @@ def _fit(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("agentark fit", add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--topology")
+    parser.add_argument("--training", choices=("fit", *PAD_TRAININGS, *WARM_TRAININGS), default="fit")
     options, rest = _known(parser, arguments)
     if not options.dry_run and options.topology is None:
         return _run(rest, "agentark fit", FIT_DESCRIPTION, until="fit")
@@ -170,7 +185,11 @@ def _fit(arguments: Sequence[str]) -> int:
     from agentark_jax.models.published import describe
 
     where = preflight.topology(options.topology)
-    report = preflight.preflight(resolved.model.source, describe(resolved.model), resolved.fit, where)
+    fit, rl = attrgetter(options.training)(resolved), resolved.rl if options.training == "rl.fit" else None
+    if fit is None:
+        raise UsageError(f"{options.training} is null: there is no such training")
+    model = describe(resolved.model)
+    report = preflight.preflight(resolved.model.source, model, fit, where, rl, options.training)
     print(preflight.table(report))
     return 0 if report.fits else 1
 

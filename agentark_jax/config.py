@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from agentark_jax.arms import CONTROL, CONTROLS, STUDENT, check_arms, data_of
+from agentark_jax.arms import ARMS, CONTROL, STUDENT, check_arms, data_of
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.weighting import ANSWER, COMPLETION, REASONING
 from agentark_jax.engines import config as engines
@@ -26,14 +26,18 @@ from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.traces.config import SelectionConfig
 from agentark_jax.training import config as training
 from agentark_jax.training.config import FitConfig, MeshConfig
+from agentark_jax.training.prm_config import PRMConfig
+from agentark_jax.training.rl_config import RLConfig
 
 FITS = ("warm_start.answer", "warm_start.revision", "fit")
+# Those of process-aware distillation, which a run needs if it has such an arm.
+PAD_FITS = ("prm.frozen", "prm.whole", "rl.fit")
 
 # Keys, and groups of them, on which no result depends: a run directory takes them as they come.
 FREE = (
     "root",
     "name",
-    *(f"{fit}.{key}" for fit in FITS for key in training.BOOKKEEPING),
+    *(f"{fit}.{key}" for fit in (*FITS, *PAD_FITS) for key in training.BOOKKEEPING),
     *(f"engine.{key}" for key in engines.BOOKKEEPING),
     "team.servers",
 )
@@ -119,7 +123,12 @@ class RunConfig:
             question), `hinted` (agents know the right answer), `majority` and `random` (no gold answer decides what is
             kept). Unmatched, for as many steps: `samples_budget` (all correct samples that the debate's tokens pay
             for), `vote_filtered` (samples that agree with their vote), `gold` (the task's rationales), `answer_only`,
-            and any `select.variant`. `A_after_B` trains on the data of A from B's student on.
+            and any `select.variant`. Process-aware distillation: `pad` learns from what its own rollouts earn, judged
+            by a process reward model of the debate, `pad_samples` by one of independent samples, `vr` by the verifier
+            alone; `student_budget` is the student of as many debates as pad's rollouts would pay for. `A_after_B`
+            trains on the data of A from B's student on.
+        prm: how the process reward models of `pad` and `pad_samples` are made.
+        rl: how `pad`, `pad_samples` and `vr` learn from rollouts on the debated questions.
         fit: how every arm is trained on its trajectories.
         curve: further students trained on these shares of the debated questions, each in (0, 1); their accuracy
             against the number of trajectories is a curve in the report.
@@ -140,6 +149,8 @@ class RunConfig:
     methods: MethodsConfig = field(default_factory=MethodsConfig)
     select: SelectionConfig = field(default_factory=SelectionConfig)
     arms: list[str] = field(default_factory=lambda: [CONTROL])
+    prm: PRMConfig = field(default_factory=PRMConfig)
+    rl: RLConfig = field(default_factory=RLConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     curve: list[float] = field(default_factory=list)
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -162,8 +173,8 @@ class RunConfig:
                 f"select.variant or one of arms is summary, but debate.aggregation is {self.debate.aggregation}: set "
                 "that to summariser, or choose another variant."
             )
-        matched = [name for name in map(data_of, self.arms) if name in CONTROLS and CONTROLS[name].matched]
-        told = [name for name in matched if CONTROLS[name].variant is not None]
+        matched = [name for name in self.learned if name in ARMS and ARMS[name].matched]
+        told = [name for name in matched if ARMS[name].variant is not None]
         if self.select.variant == "dialogue" and told:
             raise UsageError(
                 f"select.variant is dialogue and {told[0]} is among arms: a single answer is never as long as a "
@@ -191,6 +202,18 @@ class RunConfig:
     def learned(self) -> set[str]:
         """The variant of the student and the names of the data of all other arms."""
         return {self.select.variant, *map(data_of, self.arms)} - {STUDENT}
+
+    @property
+    def reinforced(self) -> set[str]:
+        """The names of the data of arms that learn from rollouts."""
+        return {name for name in self.learned if ARMS[name].reinforced}
+
+    @property
+    def fits(self) -> tuple[str, ...]:
+        """The keys of all trainings of the run."""
+        judged = any(ARMS[name].judged for name in self.reinforced)
+        wanted = [key for key in PAD_FITS if self.reinforced and (judged or key == "rl.fit")]
+        return (*FITS, *(key for key in wanted if attrgetter(key)(self) is not None))
 
     @property
     def directory(self) -> Path:
@@ -265,7 +288,9 @@ def _check_nulls(namespace: Namespace, group: type, prefix: str = "") -> None:
 
 def _check_fits(namespace: Namespace) -> None:
     """`FitConfig` stands in several places and does not know its own; complain with the whole key."""
-    for key in FITS:
+    for key in (*FITS, *PAD_FITS):
+        if namespace[key] is None:
+            continue
         try:
             values = namespace[key].as_dict()
             lora = None if values["lora"] is None else Lora(**values["lora"])

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from agentark_jax.engines.openai import OpenAIEngine
 from agentark_jax.engines.sglang import SGLangEngine
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig
-from agentark_jax.progress import Display
+from agentark_jax.progress import Bar, Display
 from agentark_jax.protocols.calls import Caller
 from agentark_jax.protocols.config import Api
 from agentark_jax.protocols.table import Agent, Pool, read_answer
@@ -66,6 +66,10 @@ class Generation:
         self._seed = seed
         self._held: dict[str, transformer.Params] = {}  # by revision
 
+    def hold(self, revision: str, params: transformer.Params) -> None:
+        """The embedded engine takes these parameters for those of models of this revision; others are let go of."""
+        self._held = {revision: params}
+
     def release(self) -> None:
         """Lets go of all parameters."""
         self._held.clear()
@@ -82,6 +86,7 @@ class Generation:
         calls: int | None,
         context: int,
         read: Callable[[Question, str], str] = read_answer,
+        bar: Bar | None = None,
     ) -> Asked:
         """Put questions to agents, all at once; the turns by question, in the order `ask` gives them.
 
@@ -91,8 +96,10 @@ class Generation:
             context: longest prompt plus completion of a call, in tokens, where the model takes that many; what agents
                 quote beyond it is left out (see `protocols.table`).
             read: how the answer of a text is read.
+            bar: what is advanced by every call, in the place of a bar of its own.
         """
-        with self._display.bar(title, total=calls and len(questions) * calls) as bar:
+        shown = nullcontext(bar) if bar else self._display.bar(title, total=calls and len(questions) * calls)
+        with shown as bar:
 
             def on_turn(turn: Turn, generated: bool) -> None:
                 assert turn.completion is not None, "callers tell of turns that succeeded"

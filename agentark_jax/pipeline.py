@@ -4,7 +4,9 @@ Every stage is a pure function of its own slice of the configuration and of the 
 in the run's trace store, under keys that say everything they depend on, so no stage ever pays for one twice.
 """
 
+import asyncio
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -31,6 +33,8 @@ from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.source import SCRATCH
+from agentark_jax.policy import PolicySampler
+from agentark_jax.process import LABELS, evaluate_prm, label_steps, step_examples, train_prm
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.config import DebateConfig
@@ -48,13 +52,18 @@ from agentark_jax.traces import exchange
 from agentark_jax.traces import labels as labelling
 from agentark_jax.traces.matching import match, within_budget
 from agentark_jax.traces.selection import Selection, check_filled, load_selection, save_selection, subset
+from agentark_jax.traces.step_labels import load_step_labels
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import Job, for_steps, train
+from agentark_jax.training.prm_config import PAID
+from agentark_jax.training.rl import POLICIES
+from agentark_jax.training.rl_config import verifiable_only
+from agentark_jax.training.rl_job import RLJob, reinforce
 from agentark_jax.training.state import partition
 
-WARM_START, GREEDY, SAMPLED = "warm_start", "single_greedy", "single_sampled"
+WARM_START, GREEDY, ONCE, SAMPLED = "warm_start", "single_greedy", "single_once", "single_sampled"
 
 # What a run can stop after; each part needs the ones before it.
 PARTS = WARM_UP, DEBATE_PART, SELECT, FIT, EVERYTHING = "warm-start", "debate", "select", "fit", "everything"
@@ -83,6 +92,7 @@ class Outcome:
     evaluated: dict[str, Evaluated]
     debated: list[labelling.LabelledTurn]
     evaluated_debate: list[labelling.LabelledTurn]
+    judged: dict[str, Manifest]
 
 
 class Pipeline:
@@ -122,10 +132,12 @@ class Pipeline:
         selections = self.select(spoken)
         if until == SELECT:
             return None
-        students = self.distil_all(base, form, selections, questions["debate"])
+        judges = {kind: self.judge(kind, base, form, *spoken[kind]) for kind in self.judged()}
+        students = self.distil_all(base, form, selections, judges, questions["debate"])
         if until == FIT:
             return None
         evaluated, evaluated_debate = self.evaluate(agents, form, students, questions_stage, questions["held_out"])
+        judged = {judge.stage: self.evaluate_judge(judge, evaluated) for judge in judges.values()}
         return Outcome(
             self.seed,
             self.run.directory,
@@ -135,6 +147,7 @@ class Pipeline:
             evaluated,
             [turn for turn in spoken["debate"][1] if turn.role == DEBATER],
             evaluated_debate,
+            judged,
         )
 
     # Stages
@@ -361,12 +374,13 @@ class Pipeline:
         else:
             if source != "debate" and self.config.select.variant != "summary":
                 settings = replace(settings, aggregation="majority")  # nobody learns from the last call
+            debates = self._debates_for_rollouts(questions) if source == "debates" else 1
             if source == "self_refine":
                 settings = replace(settings, topology="none")
             elif source == "other_peers":
                 settings = replace(settings, peers="other")
-            config = {"debate": asdict(settings)}
-            generate = partial(self._debate_all, seats=agents.seats, settings=settings)
+            config = {"debate": asdict(settings), **({"debates": debates} if debates > 1 else {})}
+            generate = partial(self._debate_all, seats=agents.seats, settings=settings, debates=debates)
 
         def build(work: Work) -> None:
             if source == "debate":
@@ -393,6 +407,12 @@ class Pipeline:
             inputs={**agents.inputs, "questions": drawn},
         )
         return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
+
+    def _debates_for_rollouts(self, questions: Sequence[Question]) -> int:
+        """So many debates of each question take at least as many calls as the debate and a policy's rollouts."""
+        calls = len(questions) * self.config.debate.agents * self.config.debate.rounds
+        rl = self.config.rl
+        return 1 + math.ceil(rl.iterations * rl.questions * rl.group_size / calls)
 
     def debate_shard(self, whole: Path, shard: int, shards: int) -> None:
         """Debate one worker's share of the questions with the base that the run in the directory `whole` has made.
@@ -424,7 +444,8 @@ class Pipeline:
 
     def sources(self) -> list[Source]:
         """Whose turns are learned from: the debate's first."""
-        return list(dict.fromkeys(["debate", *(each.source for each in self.arms().values() if each.generated)]))
+        heard = [each.source for each in self.arms().values() if each.generated]
+        return list(dict.fromkeys(["debate", *heard, *self.judged()]))
 
     def select(
         self, spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]]
@@ -440,6 +461,8 @@ class Pipeline:
             if each.budget:
                 rows = within_budget(rows, spoken["debate"][1])
             whole = replace(settings, limit=None, fraction=1.0)
+            if each.source == "debates":
+                whole = replace(whole, per_question=None)
             if each.variant is not None:
                 whole = replace(whole, variant=each.variant, per_question=None)
             return select(rows, whole, self.store.completions)
@@ -469,8 +492,153 @@ class Pipeline:
         )
         return {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
 
+    def judged(self) -> list[Source]:
+        """Of whose turns process reward models learn."""
+        return list(dict.fromkeys(each.judged for each in self.arms().values() if each.judged is not None))
+
+    def judge(
+        self, kind: Source, base: Manifest, form: Format, spoken: Manifest, rows: Sequence[labelling.LabelledTurn]
+    ) -> Manifest:
+        """A process reward model of what was said: labels of its steps, then the base trained on them (PAD, §2.3)."""
+        settings, seat = self.config.prm, self.cast.seat(self.cast.model(base, form))
+        draw = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
+
+        def label(work: Work) -> None:
+            label_steps(
+                work,
+                settings,
+                rows,
+                self.store,
+                grade=self.task.grade,
+                draw=draw,
+                seed=self.seed,
+                generation=self.generation,
+                display=self.display,
+                tokenizers=self.cast.tokenizers(form),
+                speaker=seat,
+                judge=seat,
+            )
+
+        suffix = "" if kind == "debate" else f"_{kind}"
+        asked = {**self.config.engine.fingerprint(), **asdict(draw), "seed": self.seed}
+        labels = self.run.produce(
+            f"step_labels{suffix}",
+            label,
+            version=1,
+            config={**settings.labels_fingerprint(), **(asked if settings.labels in PAID else {})},
+            inputs={"spoken": spoken, "base": base},
+        )
+
+        def build(work: Work) -> None:
+            self.generation.release()  # training needs the room
+            examples, counts = step_examples(form, self.store, load_step_labels(labels.directory / LABELS))
+            train_prm(work, settings, seat.model, self.config.prompt, examples, seed=self.seed, display=self.display)
+            work.counts |= {"labels": counts}
+
+        return self.run.produce(
+            f"prm{suffix}",
+            build,
+            version=1,
+            config={**settings.fingerprint(), "seed": self.seed},
+            inputs={"base": base, "labels": labels},
+        )
+
+    def evaluate_judge(self, judge: Manifest, evaluated: Mapping[str, Evaluated]) -> Manifest:
+        """What a process reward model says of the base's samples and debates on held-out questions."""
+        vote, debated = evaluated["vote"].manifest, evaluated["debate"].manifest
+        level = self.config.evaluate.level
+
+        def build(work: Work) -> None:
+            self.generation.release()
+            sampled, said = (
+                labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(each)) for each in (vote, debated)
+            )
+            evaluate_prm(work, model_directory(judge), self.store, sampled=sampled, debated=said, level=level)
+
+        inputs = {"prm": judge, "vote": vote, "debate": debated}
+        return self.run.produce(f"evaluate_{judge.stage}", build, version=1, config={"level": level}, inputs=inputs)
+
+    def reinforce(
+        self, name: str, start: Manifest, form: Format, judge: Manifest | None, questions: Sequence[Question]
+    ) -> Manifest:
+        """A policy learns from what its own rollouts on the debated questions earn (PAD, §2.3).
+
+        Args:
+            start: the stage that has the policy to start from.
+            judge: the stage that has the process reward model; None: the verifier alone decides.
+        """
+        rl = self.config.rl if judge is not None else verifiable_only(self.config.rl)
+        model, limit = self.cast.model(start, form), self.config.debate.max_tokens
+        seat = self.cast.seat(model)
+        needed = judge if rl.needs_prm else None
+
+        def build(work: Work) -> None:
+            self.generation.release()
+            _finish_removal(work.directory)
+            job = RLJob(
+                rl,
+                model.directory,
+                model.revision,
+                form.tokenizer.hash,
+                questions,
+                limit,
+                None if needed is None else model_directory(needed),
+                None if needed is None else needed.counts["revision"],
+                bool(seat.servers),
+                [np.asarray([t for part in form.question(each) for t in part], np.int32) for each in questions[:4]],
+                work.directory,
+                self.seed,
+            )
+            rollouts = rl.iterations * rl.questions * rl.group_size
+            with self.display.bar(f"reinforce {name}", total=rollouts) as bar:
+                draw = Draw(rl.temperature, limit)
+                ours = (self.generation, self.store, self.task, model, seat.servers)
+                result = reinforce(job, PolicySampler(*ours, draw, rl.group_size, self._longest, bar))
+            self.display.say(_shares(name, result.spent))
+            trained = result.adapter
+            if trained is None:
+                trained = partition(result.params, rl.fit.freeze, last_layers=rl.fit.last_layers)[0]
+            work.tokens = result.tokens
+            work.counts |= {
+                "revision": weights.weights_fingerprint(work.directory / "model"),
+                "location": "model",
+                "trainable": _size(trained),
+                "examples": result.counts["rollouts"],
+                "steps": result.steps,
+                "iterations": result.iterations,
+                "tokens": result.tokens,
+                "loss_tokens": result.loss_tokens,
+                "final_loss": result.history[-1].get("loss", 0.0),
+                "stopped": result.ending,
+                "alarms": result.alarms,
+                "rollouts": result.counts,
+            }
+            record = {"history": [], "validation": [], "iterations": result.history, "consumed": result.consumed}
+            write_json(work.directory / "training.json", record)
+            _remove_checkpoints(work.directory)
+
+        return self.run.produce(
+            name,
+            build,
+            version=1,
+            config={
+                **self.config.engine.fingerprint(),
+                "rl": rl.fingerprint(),
+                "max_tokens": limit,
+                "questions": stable_hash([question.id for question in questions]),
+                "seed": self.seed,
+                "grader": self.task.grader_id,
+            },
+            inputs={"start": start, **({} if needed is None else {"prm": needed})},
+        )
+
     def distil_all(
-        self, base: Manifest, form: Format, selections: Mapping[str, Selection], questions: Sequence[Question]
+        self,
+        base: Manifest,
+        form: Format,
+        selections: Mapping[str, Selection],
+        judges: Mapping[Source, Manifest],
+        questions: Sequence[Question],
     ) -> dict[str, Manifest]:
         """Every arm's student; all start from the base but those that go on from another arm's."""
         by_id = {question.id: question for question in questions}
@@ -480,10 +648,15 @@ class Pipeline:
         arms = self.arms()
         for name in self.config.arms:
             data, start = data_of(name), start_of(name)
-            as_student = data == STUDENT or arms[data].matched
+            begun = base if start is None else students[start]
+            if data != STUDENT and arms[data].reinforced:
+                kind = arms[data].judged
+                students[name] = self.reinforce(name, begun, form, kind and judges[kind], questions)
+                continue
+            as_student = data == STUDENT or arms[data].matched or arms[data].source == "debates"
             students[name] = self.distil(
                 name,
-                base if start is None else students[start],
+                begun,
                 form,
                 selections[data] if data in selections else [by_id[question_id] for question_id in asked],
                 by_id,
@@ -595,7 +768,8 @@ class Pipeline:
         settings = self.config.evaluate
         few = questions[: settings.multi_call_questions or len(questions)]
         sampled = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
-        greedy = Draw(0.0, self.config.debate.max_tokens)
+        one = Draw(settings.temperature, self.config.debate.max_tokens)
+        protocol = GREEDY if settings.temperature == 0 else ONCE
         evaluated: dict[str, Evaluated] = {}
 
         def measure(
@@ -651,7 +825,7 @@ class Pipeline:
                     protocol=protocol,
                 )
 
-            several = {"samples": samples, "temperature": draw.temperature} if protocol == SAMPLED else {}
+            several = {} if protocol == GREEDY else {"samples": samples, "temperature": draw.temperature}
             measure(
                 name,
                 {"model": model},
@@ -665,7 +839,7 @@ class Pipeline:
             inputs = {"model" if each == "base" else each: stage for each, stage in agents.inputs.items()}
             measure(name, inputs, few, {**config, **self.cast.team_slice()}, generate)
 
-        alone("base", agents.base, questions, greedy, 1, GREEDY)
+        alone("base", agents.base, questions, one, 1, protocol)
         alone("vote", agents.base, few, sampled, settings.vote_samples, SAMPLED)
         debated = replace(self.config.debate, rounds=settings.rounds)
         together(
@@ -680,13 +854,13 @@ class Pipeline:
                 partial(self._carry_out, f"evaluate {name}", agents.seats, few, method),
             )
         for name, student in students.items():
-            draw, final = greedy, ""
+            draw, final = one, ""
             each = self.arms().get(data_of(name))
             if ((each and each.variant) or self.config.select.variant) == "dialogue":
                 # Its answer is as long as several, and only the last of them counts.
-                draw = replace(greedy, max_tokens=longest_dialogue(form, self.config.debate))
+                draw = replace(one, max_tokens=longest_dialogue(form, self.config.debate))
                 final = form.telling[-1].strip()
-            alone(name, student, questions, draw, 1, GREEDY, final)
+            alone(name, student, questions, draw, 1, protocol, final)
         keys = _keys(evaluated["debate"].manifest)
         return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys, role=DEBATER)
 
@@ -702,8 +876,7 @@ class Pipeline:
         validation: Sequence[Example],
     ) -> None:
         """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
-        if (work.directory / REMOVED).exists():  # a kill came between the two steps of the removal
-            shutil.rmtree(work.directory / REMOVED)
+        _finish_removal(work.directory)
         self.generation.release()  # training needs the room
         directory, revision = model_directory(model), model.counts["revision"]
         job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
@@ -724,10 +897,7 @@ class Pipeline:
         }
         record = {"history": result.history, "validation": result.validation_history}
         write_json(work.directory / "training.json", record)
-        # Checkpoints serve to resume this stage; once the model is exported they are 3/4 of the disk it takes. Renamed
-        # first, so that a kill leaves all of them or none: half of one would be taken for a damaged one.
-        (work.directory / "checkpoints").rename(work.directory / REMOVED)
-        shutil.rmtree(work.directory / REMOVED)
+        _remove_checkpoints(work.directory)
 
     def _sample(
         self,
@@ -750,17 +920,26 @@ class Pipeline:
         return turns, turns
 
     def _debate_all(
-        self, work: Work, title: str, *, seats: Sequence[Seat], questions: Sequence[Question], settings: DebateConfig
+        self,
+        work: Work,
+        title: str,
+        *,
+        seats: Sequence[Seat],
+        questions: Sequence[Question],
+        settings: DebateConfig,
+        debates: int = 1,
     ) -> tuple[Asked, Asked]:
-        """Every question's debate: its turns, and those whose majority is its answer."""
+        """Every question's debate, or so many of them: their turns, and those whose majority is the first's answer."""
         results: dict[str, Result] = {}
 
         def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:
             async def one(question: Question, pool: Pool) -> Sequence[Turn]:
-                results[question.id] = await debate(question, pool, settings, peers)
-                return results[question.id].turns
+                held = (debate(question, pool, settings, peers, sample=number) for number in range(debates))
+                several = await asyncio.gather(*held)
+                results[question.id] = several[0]
+                return [turn for each in several for turn in each.turns]
 
-            calls = settings.agents * settings.rounds
+            calls = settings.agents * settings.rounds * debates
             return self.generation.ask(
                 work, title, seats, questions, one, calls=calls, context=self._longest, read=self._read
             )
@@ -829,6 +1008,32 @@ def _finals(work: Work, results: Mapping[str, Result]) -> Asked:
         "notes": dict(Counter(note.kind for result in results.values() for note in result.notes)),
     }
     return {question_id: list(result.final) for question_id, result in results.items()}
+
+
+def _shares(name: str, spent: Mapping[str, float]) -> str:
+    """Where the time of a policy's iterations went, in words."""
+    whole = spent["step_seconds"] or 1.0
+    parts = (("rollout", "sampling"), ("scoring", "scoring"), ("training", "training"), ("sync", "weights handed out"))
+    told = ", ".join(f"{words} {spent.get(f'{part}_seconds', 0.0) / whole:.0%}" for part, words in parts)
+    return f"{name}: {told}"
+
+
+def _remove_checkpoints(directory: Path) -> None:
+    """Checkpoints serve to resume a stage; once the model is exported they are 3/4 of the disk it takes.
+
+    They are renamed first, so that a kill leaves all of them or none: half of one would be taken for a damaged one.
+    Policies that were published for servers go with them.
+    """
+    (directory / "checkpoints").rename(directory / REMOVED)
+    _finish_removal(directory)
+    if (directory / POLICIES).exists():
+        shutil.rmtree(directory / POLICIES)
+
+
+def _finish_removal(directory: Path) -> None:
+    """Remove what a kill between the two steps of the removal left."""
+    if (directory / REMOVED).exists():
+        shutil.rmtree(directory / REMOVED)
 
 
 def _keys(stage: Manifest) -> list[str]:

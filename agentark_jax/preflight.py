@@ -32,9 +32,13 @@ from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flops
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
 from agentark_jax.models.transformer import param_shapes
+from agentark_jax.objectives.base import Objective
 from agentark_jax.objectives.chunked import CHUNK_BYTES
+from agentark_jax.objectives.grpo import GRPO
+from agentark_jax.objectives.sft import SFT
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import check_mesh, fit_attention, make_mesh, param_shardings
+from agentark_jax.training.rl_config import RLConfig
 from agentark_jax.training.state import FlatParams, abstract_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 
@@ -137,15 +141,23 @@ class Report:
         return not self.step.over and self.step.total <= self.topology.memory
 
 
-def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) -> Report:
-    """The report on one fit of a model on a topology.
+def preflight(
+    name: str, model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None, key: str = "fit"
+) -> Report:
+    """The report on one fit of a model on a topology; `key` is what messages call the fit.
+
+    With `rl` it is the fit of a policy: two micro-batches of its rows, beside the starting policy and a process reward
+    model of the same shape, where these are needed, in the dtype that is computed in.
 
     Raises UsageError for a mesh, rows or a row length that do not go with model and topology, or for a missing
     compiler; AgentArkError when compiling fails for another reason than memory.
     """
+    if rl is not None:
+        fit = replace(fit, rows=2 * fit.rows, accumulation=2)
     if fit.row_length > model.max_positions:
         raise UsageError(
-            f"fit.row_length: {fit.row_length} tokens, but {name} has {model.max_positions} positions; shorten the rows"
+            f"{key}.row_length: {fit.row_length} tokens, but {name} has {model.max_positions} positions; shorten the "
+            "rows"
         )
     try:
         sizes = fit.mesh.sizes(where.devices)
@@ -153,17 +165,23 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
         model, trainable, frozen = _divided(model, fit)
         check_mesh(mesh, model, {**trainable, **frozen}, fit.rows, fit.accumulation)
     except UsageError as error:
-        raise UsageError(f"fit.{error}") from error
+        raise UsageError(f"{key}.{error}") from error
     optimizer = make_optimizer(fit, _STEPS)
     state = abstract_state(trainable, optimizer, state_shardings(mesh, optimizer, trainable))
     parameter_bytes = _device_bytes(state.params) + _device_bytes(_placed(frozen, param_shardings(mesh, frozen)))
     optimizer_bytes = _device_bytes((state.step, state.optimizer))
+    beside = 0
+    if rl is not None:
+        copies = int(rl.needs_reference and fit.lora is None) + int(rl.needs_prm)
+        shapes = _cast(flatten_dict(param_shapes(replace(model, lora=None)), sep="."), fit.compute_dtype)
+        beside = copies * _device_bytes(_placed(shapes, param_shardings(mesh, shapes)))
     head = "embedding" if model.tie_embeddings else "unembedding"
     if where.platform == "gpu":
         beyond = modelled_bytes(model, fit, sizes, _device_bytes(state.params))
         step = StepMemory(parameter_bytes + optimizer_bytes + beyond, _GPU_MODEL)
     else:
-        step = compiled_memory(model, fit, where)
+        step = compiled_memory(model, fit, where, rl)
+    step = replace(step, total=step.total + beside)
     return Report(
         model_name=name,
         model=model,
@@ -172,7 +190,7 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
         sizes=sizes,
         parameters=_count({**trainable, **frozen}),
         trainable=_count(trainable),
-        parameter_bytes=parameter_bytes,
+        parameter_bytes=parameter_bytes + beside,
         optimizer_bytes=optimizer_bytes,
         flops=sft_flops(
             model,
@@ -189,7 +207,7 @@ def preflight(name: str, model: ModelConfig, fit: FitConfig, where: Topology) ->
 def _divided(model: ModelConfig, fit: FitConfig) -> tuple[ModelConfig, FlatParams, FlatParams]:
     """(the model that is trained, its trainable parameters, its frozen ones), as shapes."""
     if fit.lora is None:
-        return model, *partition(param_shapes(model), fit.freeze)
+        return model, *partition(param_shapes(model), fit.freeze, last_layers=fit.last_layers)
     model = replace(model, lora=fit.lora)
     base, adapter = lora.split(param_shapes(model))
     return model, flatten_dict(adapter, sep="."), flatten_dict(base, sep=".")
@@ -229,7 +247,11 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     return math.ceil(gradients + weights + saved + max(working, head))
 
 
-def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> StepMemory:
+def _cast(shapes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in shapes.items()}
+
+
+def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None) -> StepMemory:
     """What the platform's own compiler needs for the step, from a process without devices.
 
     Raises UsageError when libtpu is missing, AgentArkError when the step does not compile.
@@ -250,7 +272,10 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", __name__], input=pickle.dumps((model, fit, where)), env=environment, capture_output=True
+        [sys.executable, "-m", __name__],
+        input=pickle.dumps((model, fit, where, rl)),
+        env=environment,
+        capture_output=True,
     )
     if done.returncode:
         lines = [f"exit code {done.returncode}", *done.stderr.decode(errors="replace").splitlines()]
@@ -261,10 +286,10 @@ def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology) -> Step
     return StepMemory(answer["total"], source, answer["over"])
 
 
-def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[str, Any]:
+def compile_step(model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None) -> dict[str, Any]:
     """`compiled_memory` within its process: {total, over, compiler}."""
     compiler = f"the {where.platform.upper()} compiler"
-    lowered = lower_step(model, fit, where, fit_attention(fit, model, where.platform)[0])
+    lowered = lower_step(model, fit, where, fit_attention(fit, model, where.platform)[0], rl)
     try:
         found = lowered.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -285,7 +310,9 @@ def compile_step(model: ModelConfig, fit: FitConfig, where: Topology) -> dict[st
     return {"total": total, "over": False, "compiler": compiler}
 
 
-def lower_step(model: ModelConfig, fit: FitConfig, where: Topology, attention: AttentionPlan) -> jax.stages.Lowered:
+def lower_step(
+    model: ModelConfig, fit: FitConfig, where: Topology, attention: AttentionPlan, rl: RLConfig | None = None
+) -> jax.stages.Lowered:
     """The step of a fit for the devices of a topology, of which none need be there."""
     if where.platform == "tpu":
         devices = topologies.get_topology_desc(where.arrangement, platform="tpu").devices
@@ -299,7 +326,11 @@ def lower_step(model: ModelConfig, fit: FitConfig, where: Topology, attention: A
     ids = jax.ShapeDtypeStruct(rows, jnp.int32, sharding=row_sharding(mesh))
     weights = jax.ShapeDtypeStruct(rows, jnp.float32, sharding=row_sharding(mesh))
     batch = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {_TERM: weights}}
-    step = make_step(fit, model, {_TERM: 1.0}, _STEPS, shardings, attention)
+    objective: Objective = SFT({_TERM: 1.0})
+    if rl is not None:
+        objective = GRPO(rl.loss(fit.row_length))
+        batch |= dict.fromkeys(("advantages", "old_logprobs", "rollout_logprobs", "reference_logprobs"), weights)
+    step = make_step(fit, model, objective, _STEPS, shardings, attention)
     return step.lower(
         abstract_state(trainable, optimizer, shardings), _placed(frozen, param_shardings(mesh, frozen)), batch
     )

@@ -192,6 +192,8 @@ class Example:
     """One training sequence. `weights` gives, per named loss term, a weight for every token of `ids` [T].
 
     The weight at position t is that of *predicting* `ids[t]` from what stands before it, so position 0 never has one.
+    `step_ends` [S], ascending, are the positions of the last tokens of the steps that a process reward model learns to
+    judge, `step_labels` [S] how probably each is right, from 0 to 1; both None where there is nothing to judge.
     `retokenised`: the completion, or a part of it, was text before it was ids (another tokenizer's model said it, or a
     server that tells text only, or it is the words of ours between the answers of a dialogue), so it was not sampled as
     it stands and has no log-probabilities.
@@ -203,3 +205,5 @@ class Example:
     variant: str
     trace_keys: Sequence[str] = ()
     retokenised: bool = False
+    step_ends: np.ndarray | None = None
+    step_labels: np.ndarray | None = None

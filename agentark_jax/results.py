@@ -70,6 +70,10 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
         "counts": _counts(first),
         "debate": summary.debate_figures([outcome.debated for outcome in outcomes], level=level),
         "training": _training(first),
+        "judges": {
+            name: [{"seed": outcome.seed, **outcome.judged[name].counts} for outcome in outcomes]
+            for name in first.judged
+        },
         "curves": _curves(config, outcomes),
         "per_seed": _per_seed(outcomes) if len(outcomes) > 1 else [],
         "timing": _timing(outcomes),
@@ -169,7 +173,7 @@ def _description(config: RunConfig, name: str, outcome: Outcome) -> dict[str, st
     whole = len(outcome.questions["held_out"])
     share = "all" if len(outcome.evaluated[name].predictions) == whole else "subset"
     if name == "base":
-        label, text = "base", "the warm-started model, one greedy answer"
+        label, text = "base", f"the warm-started model, {_one(config)}"
         return {"label": label, "description": text, "protocol": "single", "model": "base", "questions": share}
     if name == "vote":
         text = f"majority of {settings.vote_samples} independent samples of the base"
@@ -199,7 +203,8 @@ def _description(config: RunConfig, name: str, outcome: Outcome) -> dict[str, st
 def _student(config: RunConfig, name: str, outcome: Outcome) -> dict[str, str]:
     """Label and description of a student."""
     selected, fitted = _manifest(outcome, "select").counts, _manifest(outcome, name).counts
-    amount = f"{fitted['examples']} examples, {fitted['loss_tokens']:,} tokens with loss in {fitted['steps']} steps"
+    what = "rollouts" if "rollouts" in fitted else "examples"
+    amount = f"{fitted['examples']} {what}, {fitted['loss_tokens']:,} tokens with loss in {fitted['steps']} steps"
     shares = {share_name(share): share for share in config.curve}
     if name in shares:
         label, learned = f"debate student, {shares[name]:.0%} of questions", "that share of the debate student's data"
@@ -215,7 +220,13 @@ def _student(config: RunConfig, name: str, outcome: Outcome) -> dict[str, str]:
             )
         elif data != STUDENT:
             amount += "; not matched in volume"
-    return {"label": label, "description": f"one greedy answer; trained on {learned} ({amount})"}
+    return {"label": label, "description": f"{_one(config)}; trained on {learned} ({amount})"}
+
+
+def _one(config: RunConfig) -> str:
+    """How base and students answer."""
+    temperature = config.evaluate.temperature
+    return "one greedy answer" if temperature == 0 else f"one answer at temperature {temperature:g}"
 
 
 def _who(config: RunConfig) -> str:
@@ -240,6 +251,11 @@ def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
             for name in config.arms
             if (start := start_of(name))
         ),
+        *(
+            (name, other, f"{label_of(name)} over {label_of(other)}")
+            for name, other in (("pad", "student_budget"), ("pad", "vr"), ("pad", "pad_samples"))
+            if {name, other} <= set(config.arms)
+        ),
         ("debate", "base", "debate of the base over its one answer"),
         ("vote", "base", "vote of the base over its one answer"),
         ("debate", "vote", "debate over vote"),
@@ -258,6 +274,7 @@ def _training(outcome: Outcome) -> dict[str, dict[str, Any]]:
         record = manifest.directory / "training.json"
         if record.exists():
             kept = {key: manifest.counts[key] for key in ("examples", "steps", "tokens", "loss_tokens", "final_loss")}
+            kept |= {key: manifest.counts[key] for key in ("stopped", "alarms", "rollouts") if key in manifest.counts}
             result[_TRAINED.get(manifest.stage, manifest.stage)] = {**kept, **json.loads(record.read_text())}
     return result
 

@@ -169,7 +169,7 @@ def traces(arguments: Sequence[str]) -> int:
         return commands.add_parser(name, help=summary, description=description)
 
     stats = command("stats", "counts, tokens and cost", _STATS)
-    stats.add_argument("store", metavar="STORE", type=_store)
+    stats.add_argument("store", metavar="STORE", type=store_file)
     stats.add_argument(
         "--by",
         type=_columns,
@@ -182,30 +182,30 @@ def traces(arguments: Sequence[str]) -> int:
     stats.set_defaults(run=_stats)
 
     show = command("show", "one call in full", _SHOW)
-    show.add_argument("store", metavar="STORE", type=_store)
+    show.add_argument("store", metavar="STORE", type=store_file)
     show.add_argument("key", metavar="KEY")
     show.add_argument("--tokenizer", type=Path, metavar="DIR", help="the directory of the model that was asked")
     show.set_defaults(run=_show)
 
     export = command("export", "to Parquet or canonical JSON lines", _EXPORT)
-    export.add_argument("store", metavar="STORE", type=_store)
+    export.add_argument("store", metavar="STORE", type=store_file)
     target = export.add_mutually_exclusive_group(required=True)
     target.add_argument("--parquet", metavar="URL", help="a directory to write four Parquet files to")
     target.add_argument("--canonical", metavar="FILE", type=Path, help="a file to write JSON lines to")
     export.set_defaults(run=_export)
 
     merge = command("merge", "several stores into one", _MERGE)
-    merge.add_argument("out", metavar="OUT", type=_store)
+    merge.add_argument("out", metavar="OUT", type=store_file)
     merge.add_argument("sources", metavar="IN", nargs="+", help="a store, a run's directory, or a Parquet export's URL")
     merge.set_defaults(run=_merge)
 
     verify = command("verify", "find what was changed or damaged", _VERIFY)
-    verify.add_argument("store", metavar="STORE", type=_store)
+    verify.add_argument("store", metavar="STORE", type=store_file)
     verify.set_defaults(run=_verify)
 
     audit = command("audit", "how far graders agree", _AUDIT)
     source = audit.add_mutually_exclusive_group(required=True)
-    source.add_argument("store", metavar="STORE", type=_store, nargs="?", help="compare the labels in it")
+    source.add_argument("store", metavar="STORE", type=store_file, nargs="?", help="compare the labels in it")
     source.add_argument("--labelled", metavar="FILE", type=Path, help="texts with labels (.gz too)")
     audit.add_argument(
         "--grader", action="append", choices=GRADERS, default=[], help="one to try on FILE; may be repeated"
@@ -215,7 +215,7 @@ def traces(arguments: Sequence[str]) -> int:
 
     bring = command("import", "debates that others held", _IMPORT)
     bring.add_argument("file", metavar="FILE", type=Path)
-    bring.add_argument("out", metavar="OUT", type=_store)
+    bring.add_argument("out", metavar="OUT", type=store_file)
     bring.add_argument("--model", required=True, metavar="NAME", help="who debated, as the turns will say")
     bring.add_argument("--tokenizer", required=True, metavar="MODEL", help="directory or hub id that has the tokenizer")
     bring.add_argument("--rounds", required=True, metavar="PATH", help="the lists of texts")
@@ -227,17 +227,17 @@ def traces(arguments: Sequence[str]) -> int:
     bring.set_defaults(run=_import)
 
     label = command("label", "grade all turns", _LABEL)
-    label.add_argument("store", metavar="STORE", type=_store)
+    label.add_argument("store", metavar="STORE", type=store_file)
     label.add_argument("--grader", choices=GRADERS, required=True)
     label.add_argument("--judge", metavar="MODEL", help="a model that is asked about what the grader cannot read")
     label.add_argument("--blind", action="store_true", help="it is told no right answer, and is asked about all turns")
-    label.add_argument("--judge-sample", type=_count, default=100, metavar="N", help=_SAMPLE)
+    label.add_argument("--judge-sample", type=count_of, default=100, metavar="N", help=_SAMPLE)
     label.add_argument("--servers", nargs="+", default=[], metavar="URL", help="SGLang servers that have the judge")
-    label.add_argument("--context", type=_count, default=4096, metavar="TOKENS", help=_CONTEXT)
+    label.add_argument("--context", type=count_of, default=4096, metavar="TOKENS", help=_CONTEXT)
     label.set_defaults(run=_label)
 
     choose = command("select", "training trajectories of a variant, or of each", _SELECT)
-    choose.add_argument("store", metavar="STORE", type=_store)
+    choose.add_argument("store", metavar="STORE", type=store_file)
     choose.add_argument("--grader", required=True, metavar="GRADER", help=_WHOSE)
     choose.add_argument("--out", required=True, metavar="DIR", type=Path)
     choose.add_argument(
@@ -257,7 +257,7 @@ def traces(arguments: Sequence[str]) -> int:
     return code
 
 
-def _store(text: str) -> Path:
+def store_file(text: str) -> Path:
     path = Path(text)
     return path / "traces.sqlite" if path.is_dir() else path
 
@@ -279,7 +279,7 @@ def _prices(text: str) -> tuple[float, ...]:
     return prices
 
 
-def _count(text: str) -> int:
+def count_of(text: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ArgumentTypeError(f"{text!r} is no count")
     return int(text)
@@ -299,7 +299,7 @@ def _watched(title: str, total: int | None) -> Iterator[OnTurns]:
         yield advance
 
 
-def _console() -> Console:
+def make_console() -> Console:
     console = Console(highlight=False, soft_wrap=True)
     # What is piped has no width of its own.
     return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
@@ -333,7 +333,7 @@ def _stats(options: Namespace) -> int:
         add(row, row.group)
     table.add_section()
     add(total, ["all", *[""] * (len(options.by) - 1)])
-    _console().print(table)
+    make_console().print(table)
     return 0
 
 
@@ -346,7 +346,7 @@ def _show(options: Namespace) -> int:
             listed = f"{len(keys)} begin with it: {', '.join(keys[:10])}" if keys else "no call begins with it"
             raise UsageError(f"{options.store}: KEY {options.key} names no single call; {listed}.")
         turns = list(store.turns(keys=keys))
-    console = _console()
+    console = make_console()
     console.print(_facts(turns[0]))
     console.rule("prompt", align="left")
     console.print(Text(_prompt(turns[0], options.tokenizer)))
@@ -411,7 +411,7 @@ def _export(options: Namespace) -> int:
 def _merge(options: Namespace) -> int:
     with TraceStore(options.out) as out:
         for source in options.sources:
-            held = _store(source)
+            held = store_file(source)
             place = str(held) if held.is_file() else source
             with _watched(f"merge {source}", None) as on_turns:
                 added = exchange.merge(out, place, on_turns)
@@ -432,7 +432,7 @@ def _verify(options: Namespace) -> int:
 
 
 def _audit(options: Namespace) -> int:
-    console = _console()
+    console = make_console()
     if options.labelled is None:
         if options.grader:
             raise UsageError(
@@ -587,7 +587,7 @@ def _label(options: Namespace) -> int:
     for name, given in labels.items():
         counts = Counter(label.verdict for label in given.values())
         table.add_row(Text(plain(name)), f"{len(given):,}", *(f"{counts[each]:,}" for each in get_args(Verdict)))
-    console = _console()
+    console = make_console()
     console.print(table)
     if len(compared) > 1:
         console.print(_agreements(compared))
@@ -624,7 +624,7 @@ async def _judge(store: TraceStore, keys: Set[str], options: Namespace) -> Judge
     return judge
 
 
-def _graded_by(store: TraceStore, name: str) -> str:
+def graded_by(store: TraceStore, name: str) -> str:
     """The id of the grader that a name, or the beginning of an id that the store has labels of, stands for."""
     if name in GRADERS:
         return grader(name).id
@@ -639,7 +639,7 @@ def _graded_by(store: TraceStore, name: str) -> str:
     return found[0]
 
 
-def _of_debate(store: Path) -> list[str] | None:
+def of_debate(store: Path) -> list[str] | None:
     """The turns of a run's own debate. Its store has those of its controls and of held-out questions as well."""
     listed = store.with_name("debate") / "keys.json"
     return json.loads(listed.read_text()) if listed.is_file() else None
@@ -647,8 +647,8 @@ def _of_debate(store: Path) -> list[str] | None:
 
 def _select(options: Namespace) -> int:
     with TraceStore(options.store, read_only=True) as store:
-        judge = _graded_by(store, options.grader)
-        rows = labelled_turns(store, judge, keys=_of_debate(options.store), protocol=DEBATE)
+        judge = graded_by(store, options.grader)
+        rows = labelled_turns(store, judge, keys=of_debate(options.store), protocol=DEBATE)
         chosen = {
             variant: select(rows, SelectionConfig(variant, options.per_question, seed=options.seed), store.completions)
             for variant in options.variant or possible(rows)
@@ -672,5 +672,5 @@ def _select(options: Namespace) -> int:
         manifest[variant] = {**figures, "yield": figures["trajectories"] / len(rows) if rows else None}
     figures = {"store": str(options.store), "grader": judge, "variants": manifest}
     write_json(options.out / "manifest.json", figures | ({"matched": matched.figures} if matched else {}))
-    _console().print(table)
+    make_console().print(table)
     return 0

@@ -19,6 +19,7 @@ from agentark_jax.engines.local import LocalEngine
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params
+from agentark_jax.objectives.sft import SFT
 from agentark_jax.records import Completion, Sampling
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.mesh import make_mesh, place_params
@@ -51,7 +52,7 @@ def training(setup: Setup) -> Repeat:
     shardings = state_shardings(mesh, optimizer, trainable)
     frozen = place_params(mesh, frozen, donate=True)
     state = initial_state(mesh, optimizer, trainable)
-    step = make_step(fit, model, {"completion": 1.0}, setup["steps"], shardings)
+    step = make_step(fit, model, SFT({"completion": 1.0}), setup["steps"], shardings)
     weights = np.zeros((batch, length), np.float32)
     weights[:, first_loss_position(length) :] = 1.0
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
@@ -109,7 +110,7 @@ def compilation(setup: Setup) -> Repeat:
 
     def repeat(index: int) -> Reply:
         started = time.perf_counter()
-        make_step(fit, model, {"completion": 1.0}, 10, shardings).lower(state, {}, inputs).compile()
+        make_step(fit, model, SFT({"completion": 1.0}), 10, shardings).lower(state, {}, inputs).compile()
         return {"seconds": time.perf_counter() - started}
 
     return repeat

@@ -17,22 +17,28 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import test_training as t
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from agentark_jax.data import loader
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.attention import XLA, AttentionPlan, whole_sequences
 from agentark_jax.models.config import Lora, load_config
+from agentark_jax.models.heads import init_head
 from agentark_jax.models.sharding import on_mesh, parameter_sharding, replicated, row_sharding
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
 from agentark_jax.models.weights import save_pretrained
 from agentark_jax.objectives.chunked import chunked_logprobs, chunked_nll
+from agentark_jax.objectives.prm import HEAD, PRM, PROJECTOR, init_projector
+from agentark_jax.objectives.sft import SFT
+from agentark_jax.records import Example
 from agentark_jax.training import distributed
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.job import Job, follow, train
 from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import local_rows, make_mesh, place_batch, place_params
+from agentark_jax.training.scoring import score_steps
 from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
 
@@ -57,7 +63,7 @@ def three_steps(model, shape, attention=XLA, **changes):
     optimizer = make_optimizer(config, 10)
     shardings = state_shardings(mesh, optimizer, trainable)
     state = initial_state(mesh, optimizer, trainable)
-    step = make_step(config, model, t.COEFFICIENTS, 10, shardings, attention)
+    step = make_step(config, model, SFT(t.COEFFICIENTS), 10, shardings, attention)
     found = {}
     data = loader.packed_batches(EXAMPLES, seed=0, epochs=3, rows=16, row_length=24)
     for number, batch in enumerate(data.iterate(0, 3, local_rows(mesh, 16))):
@@ -69,6 +75,43 @@ def three_steps(model, shape, attention=XLA, **changes):
             found |= {f"moment {path}": np.asarray(leaf) for path, leaf in moments.items()}
     assert step._cache_size() == 1
     return found | {f"param {path}": np.asarray(leaf) for path, leaf in state.params.items()}
+
+
+def judged_examples():
+    """Examples with steps, four answers to each of eight questions."""
+    rng = np.random.default_rng(3)
+    found = []
+    for number in range(32):
+        length = int(rng.integers(8, 14))
+        ends = np.sort(rng.choice(np.arange(2, length), 3, replace=False))
+        ids = rng.integers(1, TIED.vocab_size, length).astype(np.int32)
+        labels = rng.integers(0, 2, 3).astype(np.float32)
+        found.append(Example(ids, {}, f"q{number % 8}", "steps", step_ends=ends.astype(np.int32), step_labels=labels))
+    return found
+
+
+def judged_steps(shape):
+    """{name: array}: losses, first moments and scores of a process reward model's steps on a mesh."""
+    mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
+    config = replace(CONFIG, rows=32, last_layers=2, accumulation=2)
+    trainable, frozen = partition(t.make_params(TIED), [], last_layers=config.last_layers)
+    beside = {HEAD: init_head(TIED, "prm", 1), PROJECTOR: init_projector(TIED.hidden_size, 2)}
+    trainable |= flatten_dict(beside, sep=".")
+    optimizer = make_optimizer(config, 10)
+    shardings = state_shardings(mesh, optimizer, trainable)
+    state = initial_state(mesh, optimizer, trainable)
+    objective = PRM({"contrastive": 1.0, "cross_entropy": 0.5, "supervised_contrastive": 0.25}, 0.3)
+    step = make_step(config, TIED, objective, 10, shardings)
+    data = loader.packed_batches(judged_examples(), seed=0, epochs=1, rows=32, row_length=24, together=16)
+    batch = place_batch(mesh, data.batch(0), 32)
+    state, metrics = step(state, place_params(mesh, frozen, donate=False), batch)
+    found = {name: np.asarray(value) for name, value in metrics.items()}
+    found |= {f"moment {path}": np.asarray(leaf) for path, leaf in optax.tree.get(state.optimizer, "mu").items()}
+    whole = place_params(mesh, flatten_dict(t.make_params(TIED), sep="."), donate=False)
+    sequences = [(example.ids, example.step_ends) for example in judged_examples()]
+    head = init_head(TIED, "prm", 1)
+    scores = score_steps(TIED, unflatten_dict(whole, sep="."), head, sequences, mesh, tokens=64)
+    return found | {"scores": np.concatenate(scores)}
 
 
 def attend(plan, shape, kv_heads):
@@ -189,11 +232,15 @@ def make_base(directory):
 
 
 def jobs(directory, place, mesh):
-    """Two jobs from the model in `directory`: all parameters, and adapters; their results below `place`."""
-    for name, changes in (("trained", {}), ("adapted", {"lora": LORA})):
+    """Three jobs from the model in `directory`, their results below `place`: all parameters, adapters, and a process
+    reward model's last layer.
+    """
+    for name, changes in (("trained", {}), ("adapted", {"lora": LORA}), ("judging", {"last_layers": 1})):
         (place / name).mkdir(parents=True, exist_ok=True)
         config = replace(CONFIG, learning_rate=1e-3, steps=4, mesh=MeshConfig(*mesh), **changes)
-        yield Job(config, directory / "base", "base", EXAMPLES, [], place / name, 7)
+        objective = PRM({"contrastive": 1.0, "supervised_contrastive": 0.5}) if name == "judging" else None
+        examples = judged_examples() if objective else EXAMPLES
+        yield Job(config, directory / "base", "base", examples, [], place / name, 7, objective)
 
 
 def eight(directory):
@@ -207,6 +254,8 @@ def eight(directory):
                 np.savez(directory / f"{name}_{mesh}.npz", **found)
     for name, shape in {"one": (1, 1, 1), **MESHES}.items():
         np.savez(directory / f"scores_{name}.npz", **scores(shape))
+    for name, shape in {"one": (1, 1, 1), "all": (2, 2, 2)}.items():
+        np.savez(directory / f"judged_{name}.npz", **judged_steps(shape))
     total, held = state_bytes()
     (directory / "collectives.json").write_text(json.dumps(loss_collectives()))
     (directory / "bytes.json").write_text(json.dumps({"total": total, "held": held}))

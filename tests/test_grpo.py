@@ -15,9 +15,9 @@ from agentark_jax.errors import UsageError
 from agentark_jax.models.config import load_config
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
+from agentark_jax.objectives.base import combined
 from agentark_jax.objectives.grpo import (
     PolicyLossConfig,
-    combined,
     grpo_loss,
     grpo_loss_from_hidden,
     policy_loss,

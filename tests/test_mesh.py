@@ -25,7 +25,7 @@ from agentark_jax.training.mesh import check_mesh, make_mesh
 from agentark_jax.training.state import partition
 
 
-def start(devices, cache, *arguments, **variables):
+def start(devices, cache, *arguments, script=worker, **variables):
     here = Path(__file__).resolve()
     environment = {
         **os.environ,
@@ -36,7 +36,7 @@ def start(devices, cache, *arguments, **variables):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
         "PYTHONPATH": os.pathsep.join([str(here.parent), str(here.parent.parent)]),
     }
-    command = [sys.executable, "-W", "error::UserWarning", worker.__file__, *map(str, arguments)]
+    command = [sys.executable, "-W", "error::UserWarning", script.__file__, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -108,6 +108,11 @@ def test_logprobs_entropies_and_their_gradients_on_eight_devices_equal_those_of_
     assert_equal_up_to(np.load(eight / f"scores_{name}.npz"), dict(np.load(eight / "scores_one.npz")), 1e-5)
 
 
+def test_a_process_reward_model_on_eight_devices_equals_that_on_one(eight):
+    """Its losses, gradients and scores."""
+    assert_equal_up_to(np.load(eight / "judged_all.npz"), dict(np.load(eight / "judged_one.npz")), 1e-5)
+
+
 def test_fsdp_divides_the_state(eight):
     found = json.loads((eight / "bytes.json").read_text())
     assert len(found["held"]) == 8
@@ -137,6 +142,8 @@ def test_models_that_two_processes_train_and_export_are_those_of_one(two, tmp_pa
             path.name for path in (job.directory / "model").iterdir()
         }
     assert (two / "jobs" / "adapted" / "adapter" / "adapter_model.safetensors").is_file()
+    written = {path.name for path in (two / "jobs" / "judging" / "model").iterdir()}
+    assert {"head.safetensors", "projector.safetensors"} <= written
 
 
 def test_processes_hear_of_what_stops_another(two):

@@ -1,21 +1,26 @@
 """The recipes of `configs/`: each fits the topologies that its header names, as far as no compiler has to be asked."""
 
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 from agentark_jax import preflight
+from agentark_jax.config import parse
 from agentark_jax.models.config import ModelConfig
+from agentark_jax.models.published import describe
 from agentark_jax.training.config import FitConfig
 from benchmarks import dry_runs
 from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
 
-NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", LORA.stem}
+NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", LORA.stem}
+PAD = sorted(path.stem for path in CONFIGS.glob("pad_*.yaml") if path.stem != "pad_lab")
 RUNS = list(dry_runs.dry_runs())
 
 
 def test_every_recipe_names_a_topology_for_both_ways_of_training() -> None:
-    recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - NO_RECIPES
+    recipes = {path.stem for path in CONFIGS.glob("*.yaml")} - NO_RECIPES - set(PAD)
     assert {(run.recipe, run.trained) for run in RUNS} == {(recipe, way) for recipe in recipes for way in TRAINED}
 
 
@@ -38,6 +43,30 @@ def test_the_recipe_fits(run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
             config.fit.lora,
         )
     assert run()["fits"]
+
+
+@pytest.mark.parametrize("recipe", PAD)
+def test_every_training_of_process_aware_distillation_fits(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def uncompiled(*_: object) -> preflight.StepMemory:
+        return preflight.StepMemory(0, "nothing: that takes a compiler")
+
+    monkeypatch.setattr(preflight, "compiled_memory", uncompiled)
+    path = CONFIGS / f"{recipe}.yaml"
+    found = re.search(r"in (\S+): prm\.frozen, prm\.whole, rl\.fit\.", path.read_text().replace("\n#", ""))
+    assert found is not None, "the header names what the trainings fit in"
+    files = [path] if recipe != "pad_gemma3_270m" else [CONFIGS / "gemma3_270m.yaml", path]
+    config, _ = parse([option for file in files for option in ("--config", str(file))], "test", "")
+    assert {"pad", "vr"} <= set(config.arms)
+    assert config.fits[-3:] == ("prm.frozen", "prm.whole", "rl.fit")
+    for key in config.fits:
+        rl = config.rl if key == "rl.fit" else None
+        report = preflight.preflight(
+            recipe, describe(config.model), attrgetter(key)(config), preflight.topology(found[1]), rl, key
+        )
+        assert report.fits, key
+        if rl is not None:  # the policy, what it started from, and the process reward model
+            alone = preflight.preflight(recipe, describe(config.model), rl.fit, preflight.topology(found[1]))
+            assert report.parameter_bytes > 1.5 * alone.parameter_bytes
 
 
 def test_readme_shows_the_results_of_what_the_recipes_name() -> None:

@@ -23,7 +23,7 @@ from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.config import Lora, ModelConfig, Rope
 from agentark_jax.models.lora import init_adapter, join
 from agentark_jax.models.transformer import hidden_states, param_shapes
-from agentark_jax.objectives.sft import sft_loss, term_totals
+from agentark_jax.objectives.sft import SFT, sft_loss, term_totals
 from agentark_jax.records import Example
 from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig, MeshConfig
@@ -180,7 +180,7 @@ def one_step(params, config, batch):
     optimizer = make_optimizer(config, 10)
     shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
     state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
-    state, metrics = make_step(config, MODEL, COEFFICIENTS, 10, shardings)(state, frozen, batch)
+    state, metrics = make_step(config, MODEL, SFT(COEFFICIENTS), 10, shardings)(state, frozen, batch)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -300,7 +300,7 @@ def test_the_step_compiles_once_and_donates_its_state(params):
     optimizer = make_optimizer(CONFIG, 10)
     shardings = state_shardings(make_mesh(MeshConfig()), optimizer, trainable)
     state = initial_state(make_mesh(MeshConfig()), optimizer, trainable)
-    step = make_step(CONFIG, MODEL, COEFFICIENTS, 10, shardings)
+    step = make_step(CONFIG, MODEL, SFT(COEFFICIENTS), 10, shardings)
     first = state.params["final_norm.weight"]
     for batch in data.iterate(0, 4):
         state, _ = step(state, frozen, batch)
@@ -390,7 +390,7 @@ def test_early_stopping(params, tmp_path):
     assert since == 3
     trainable, frozen = partition(result.params, [])
     data = packed_batches(VALIDATION, seed=0, epochs=1, rows=2, row_length=24)
-    evaluate = make_evaluation(EARLY, MODEL, {"answer": 1.0, "completion": 1.0}, make_mesh(MeshConfig()))
+    evaluate = make_evaluation(EARLY, MODEL, SFT({"answer": 1.0, "completion": 1.0}), make_mesh(MeshConfig()))
     sums = [evaluate(trainable, frozen, batch) for batch in data.iterate(0, len(data))]
     nll, totals = jax.tree.map(lambda *leaves: float(sum(leaves)), *sums)
     assert sum(nll[term] / totals[term] for term in nll) == pytest.approx(losses[-1], rel=1e-5)

@@ -5,12 +5,14 @@ The plan of the whole batch is known everywhere, so any number of hosts can shar
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import grain
 import numpy as np
 
-from agentark_jax.data.packing import check_examples, packing_plan
+from agentark_jax.data.packing import check_examples, grouped_plan, packing_plan
+from agentark_jax.errors import UsageError
 from agentark_jax.records import Example
 
 Batch = dict[str, Any]
@@ -43,12 +45,16 @@ def pack_row(examples: Sequence[Example], *, row_length: int, terms: Sequence[st
 
 @dataclass(frozen=True)
 class PackedBatches:
-    """All batches of all epochs. `plan[step][row]` are the indices of the examples in that row."""
+    """All batches of all epochs. `plan[step][row]` are the indices of the examples in that row.
+
+    `steps` is how many steps (of a process reward model) a row of a batch has room for; 0 where there are none.
+    """
 
     plan: tuple[tuple[tuple[int, ...], ...], ...]
     examples: Sequence[Example]
     row_length: int
     terms: tuple[str, ...]
+    steps: int = 0
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -70,7 +76,36 @@ class PackedBatches:
         ]
         stacked: Batch = {name: np.stack([row[name] for row in filled]) for name in ("ids", "positions", "segment_ids")}
         stacked["weights"] = {term: np.stack([row["weights"][term] for row in filled]) for term in self.terms}
+        if self.steps:
+            listed = [self._steps(self.plan[step][row]) for row in chosen]
+            stacked["steps"] = {name: np.stack([row[name] for row in listed]) for name in listed[0]}
         return stacked
+
+    def _steps(self, row: Sequence[int]) -> Batch:
+        """The steps of a row [S], as `objectives.prm.Steps` wants them; examples of a question are its trajectories."""
+        filled = {
+            "ends": np.zeros(self.steps, np.int32),
+            "labels": np.zeros(self.steps, np.float32),
+            "mask": np.zeros(self.steps, bool),
+            "questions": np.zeros(self.steps, np.int32),
+            "trajectories": np.zeros(self.steps, np.int32),
+        }
+        place = start = 0
+        for index in row:
+            ends = np.asarray(self.examples[index].step_ends)
+            here = slice(place, place + len(ends))
+            filled["ends"][here] = start + ends
+            filled["labels"][here] = self.examples[index].step_labels
+            filled["mask"][here] = True
+            filled["questions"][here] = self._numbers[self.examples[index].question_id]
+            filled["trajectories"][here] = index
+            place += len(ends)
+            start += len(self.examples[index].ids)
+        return filled
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {name: number for number, name in enumerate(dict.fromkeys(each.question_id for each in self.examples))}
 
     def iterate(self, start: int, stop: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         """Batches `start` … `stop`-1, or only these rows of each, read ahead by one thread."""
@@ -88,20 +123,39 @@ def packed_batches(
     row_length: int,
     terms: Sequence[str] | None = None,
     key: str = "row_length",
+    together: int | None = None,
 ) -> PackedBatches:
     """Batches {ids, positions, segment_ids: [rows, row_length] int32; weights {term: [rows, row_length] float32}}.
 
-    The rows of all epochs follow one another; only the very last batch is filled up with empty rows. `terms` defaults
-    to those of the examples. Raises what `check_examples` raises.
+    Examples with steps give `steps` {ends, labels, mask, questions, trajectories: [rows, S]} as well. The rows of all
+    epochs follow one another; only the very last batch is filled up with empty rows. `terms` defaults to those of the
+    examples. With `together`, which divides `rows`, the examples of a question share one block of so many rows.
+
+    Raises what `check_examples` raises, and UsageError for a question whose examples do not fit in such a block.
     """
     check_examples(examples, row_length=row_length, key=key)
     names = tuple(terms) if terms is not None else term_names(examples)
     lengths = [len(example.ids) for example in examples]
-    packed = [
-        tuple(row)
-        for epoch in range(epochs)
-        for row in packing_plan(lengths, seed=seed, epoch=epoch, row_length=row_length)
-    ]
+    shape = {"seed": seed, "row_length": row_length}
+    packed: list[tuple[int, ...]] = []
+    if together is None:
+        for epoch in range(epochs):
+            packed += map(tuple, packing_plan(lengths, epoch=epoch, **shape))
+    else:
+        groups: dict[str, list[int]] = {}
+        for index, example in enumerate(examples):
+            groups.setdefault(example.question_id, []).append(index)
+        for epoch in range(epochs):
+            try:
+                packed += map(tuple, grouped_plan(list(groups.values()), lengths, epoch=epoch, rows=together, **shape))
+            except ValueError as error:
+                raise UsageError(
+                    f"{key}: {error}, but the trajectories of a question must be in one micro-batch; raise {key} or "
+                    "rows, or lower accumulation"
+                ) from error
+            packed += [()] * (-len(packed) % together)
     packed += [()] * (-len(packed) % rows)
     plan = tuple(tuple(packed[start : start + rows]) for start in range(0, len(packed), rows))
-    return PackedBatches(plan, examples, row_length, names)
+    steps = [0 if example.step_ends is None else len(example.step_ends) for example in examples]
+    most = max((sum(steps[index] for index in row) for row in packed), default=0)
+    return PackedBatches(plan, examples, row_length, names, most)

@@ -26,6 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
+from agentark_jax.data.steps import cuts, steps
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Example, Question, Turn, stable_hash
@@ -278,6 +279,46 @@ def dialogue_example(
         variant=variant,
         trace_keys=trace_keys,
         retokenised=True,
+    )
+
+
+def step_example(
+    form: Format, question: Question, turn: Turn, right: Sequence[float], *, variant: str = "steps"
+) -> Example | None:
+    """What a process reward model learns from a turn: which of its steps are right, after the question alone.
+
+    Ids are as in `turn_example`, verbatim where the student has the speaker's tokenizer; nothing is put between steps.
+    Each is judged at its last token. No token has loss.
+
+    `right` are the labels, from 0 to 1, of the turn's steps as the speaker's tokenizer divides it. With another one the
+    text is encoded once, and its steps are the same as long as every cut in the text begins one of them for both; where
+    a token goes across a step whole, which is rare, labels would move to other steps: then there is no example (None).
+
+    Raises:
+        AgentArkError: the labels are not those of the turn's steps.
+    """
+    completion = _as_said_by(form, turn)
+    found = steps(completion, form.tokenizer)
+    retokenised = turn.call.tokenizer != form.tokenizer.hash
+    if retokenised:
+        begun = 1 + len(cuts("".join(step.text for step in found)))
+        if not len(found) == len(right) == begun:
+            return None
+    elif len(found) != len(right):
+        raise AgentArkError(
+            f"turn {turn.key} has {len(found)} steps but {len(right)} labels: they were made with other rules. Make "
+            "them anew."
+        )
+    prompt = [token for segment in form.question(question) for token in segment]
+    return Example(
+        np.asarray([*prompt, *completion], np.int32),
+        {},
+        question.id,
+        variant,
+        (turn.key,),
+        retokenised or (turn.completion is not None and turn.completion.text_only),
+        step_ends=np.asarray([len(prompt) + step.end - 1 for step in found], np.int32),
+        step_labels=np.asarray(right, np.float32),
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from agentark_jax.data.spans import spans
 from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.records import Example
 
 _ANSWER_BEGINS = re.compile(r"the (?:final )?answer is|####|\\boxed\{", re.I)
 # Read from left to right: cuts, and what is passed over as a whole, with no cut inside. Each alternative looks at any
@@ -83,3 +84,28 @@ def steps(ids: Sequence[int], tokenizer: Tokenizer) -> list[Step]:
     characters = pairwise([*starts[begins].tolist(), len(text)])
     tokens = pairwise([*begins.tolist(), len(ids)])
     return [Step(*span, text[slice(*said)]) for span, said in zip(tokens, characters, strict=True)]
+
+
+def coverage(examples: Sequence[Example]) -> dict[str, int]:
+    """What examples with labelled steps can teach, in counts.
+
+    `steps` are `right` from a label of a half on, or `wrong`. `contrasted` are the questions with a step that may be
+    right in one answer and one that may be wrong in another: the other questions give the contrastive loss nothing.
+    """
+    questions: dict[str, list[np.ndarray]] = {}
+    for example in examples:
+        questions.setdefault(example.question_id, []).append(np.asarray(example.step_labels))
+    labels = np.concatenate([np.zeros(0), *(each for answers in questions.values() for each in answers)])
+    contrasted = 0
+    for answers in questions.values():
+        good = np.asarray([np.any(each > 0) for each in answers])
+        bad = np.asarray([np.any(each < 1) for each in answers])
+        contrasted += bool(np.any(good[:, None] & bad & ~np.eye(len(answers), dtype=bool)))
+    return {
+        "answers": len(examples),
+        "questions": len(questions),
+        "contrasted": contrasted,
+        "steps": labels.size,
+        "right": int((labels >= 0.5).sum()),
+        "wrong": int((labels < 0.5).sum()),
+    }

@@ -12,6 +12,7 @@ import random
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
@@ -96,15 +97,50 @@ class Servers:
         Raises AgentArkError where the servers went on failing, or refuse the request.
         """
         async with self._room:
-            # Not tenacity, whose bookkeeping took a quarter of the client's time for a call that succeeds at once.
-            for attempt in range(self._config.attempts):
-                if attempt:
-                    self.retries += 1
-                    await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE, _PAUSE * 2 ** (attempt - 1))))
-                try:
-                    return await self._try(path, body, believed)
-                except ServerFault as fault:
-                    last = fault
+            return await self._repeated(lambda: self._try(path, body, believed))
+
+    async def each(self, action: Callable[[Server], Awaitable[T]]) -> dict[str, T]:
+        """What an action yields of every server, by address, with as many tries of each as the config allows.
+
+        Raises AgentArkError naming all servers of which it failed for good.
+        """
+        found: dict[str, T] = {}
+        failures = []
+
+        async def ask(server: Server) -> None:
+            try:
+                found[server.url] = await self._repeated(partial(action, server))
+            except AgentArkError as error:
+                failures.append(error)
+
+        await asyncio.gather(*map(ask, self._servers))
+        if failures:
+            raise AgentArkError("; ".join(map(str, failures))) from failures[0]
+        return found
+
+    async def admit_again(self) -> None:
+        """Closes all servers and has the engine admit each of them anew. No call may be in flight.
+
+        Raises AgentArkError naming those that it could not admit; they stay closed.
+        """
+        if any(server.in_flight for server in self._servers):
+            raise ValueError("calls are in flight; wait for them first")
+        for server in self._servers:
+            if server.recovery is not None:
+                server.recovery.cancel()
+            server.healthy.clear()
+        await self.each(self._open)
+
+    async def _repeated(self, action: Callable[[], Awaitable[T]]) -> T:
+        # Not tenacity, whose bookkeeping took a quarter of the client's time for a call that succeeds at once.
+        for attempt in range(self._config.attempts):
+            if attempt:
+                self.retries += 1
+                await asyncio.sleep(random.uniform(0, min(_LONGEST_PAUSE, _PAUSE * 2 ** (attempt - 1))))
+            try:
+                return await action()
+            except ServerFault as fault:
+                last = fault
         raise AgentArkError(f"{self._config.attempts} attempts failed, the last: {last}") from last
 
     async def _try(self, path: str, body: Mapping[str, Any], believed: Callable[..., T]) -> T:
@@ -159,7 +195,8 @@ class Servers:
             async with self._session.request(method, server.url + path, json=body) as response:
                 status, content = response.status, await response.read()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise ServerFault(f"{server.url} does not answer: {type(error).__name__} {error}".rstrip()) from error
+            said = f"{type(error).__name__} {error}".rstrip()
+            raise ServerFault(f"{server.url}{path} does not answer: {said}") from error
         if status in (401, 403):
             raise UsageError(f"{server.url} refuses the token: set {self._token_variable} to the server's API key")
         return status, content

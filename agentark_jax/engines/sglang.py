@@ -20,12 +20,14 @@ from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Request, check_ids, check_request
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.engines.http import PROBE, Server, ServerFault, Servers
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.weights import check_files
 from agentark_jax.records import Completion
 
 TOKEN_VARIABLE = "AGENTARK_SGLANG_TOKEN"
+
+_SCORING: Mapping[str, Any] = {"max_new_tokens": 0, "temperature": 0}
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,85 @@ class SGLangEngine:
         Raises as `generate`.
         """
         check_ids(ids, 0, **self._limits())
-        answer = await self._call(ids, {"max_new_tokens": 0, "temperature": 0}, logprob_start_len=0)
+        answer = await self._call(ids, _SCORING, logprob_start_len=0)
         return np.asarray(answer.prompt_logprobs[1:], np.float32)
+
+    # Weights that change
+
+    async def update_weights(self, directory: Path, version: str) -> None:
+        """Gives all servers the weights of another directory with a model of the same shape; no call may be in flight.
+
+        What was answered with other weights is not believed from here on, and a server that restarts gets these.
+
+        Raises UsageError for a model of another shape and for damaged files, before any server is asked; AgentArkError
+        naming the servers that did not load it.
+        """
+        config = load_config(directory)
+        if config != self._model_config:
+            raise UsageError(f"{directory}: a model of another shape than {self._directory}; start servers for it")
+        check_files(directory, config)
+        self._directory, self._version = directory, version
+        try:
+            await self._servers.admit_again()
+        except AgentArkError as error:
+            raise AgentArkError(f"{error}; {self._remedy()}") from error
+
+    async def verify_weights(
+        self, probes: Sequence[np.ndarray], expected: Sequence[np.ndarray], tolerance: float
+    ) -> dict[str, float]:
+        """Makes sure that every server computes with these weights, and not only says so.
+
+        Each server is asked for the version of its weights and for the log-probs of the probes: of the last token alone
+        first, for which it takes from its cache what it has of the others, and then of all. So a server that kept the
+        cache of older weights is found as well, if these probes were asked of those, and are longer than its pages. Of
+        a router only the server behind it that it chooses is asked.
+
+        Args:
+            probes: a few sequences of ids [T], always the same.
+            expected: the trainer's log-probs [T - 1] of each token after those before it, at temperature 1.
+            tolerance: the largest difference allowed, in nats.
+
+        Returns:
+            The largest difference of each server, by address.
+
+        Raises:
+            AgentArkError: servers that do not answer, that have another version, or that compute other log-probs; all
+                are named.
+        """
+        for ids, logprobs in zip(probes, expected, strict=True):
+            check_ids(ids, 0, **self._limits())
+            if len(ids) < 2 or logprobs.shape != (len(ids) - 1,):
+                raise ValueError(f"a probe of {len(ids)} tokens has expected log-probs of shape {logprobs.shape}")
+
+        async def difference(server: Server) -> float:
+            largest = 0.0
+            for ids, logprobs in zip(probes, expected, strict=True):
+                for start in (len(ids) - 2, 0):
+                    body = _body(ids, _SCORING, logprob_start_len=start)
+                    answer = self._believed(server, await self._servers.post(server, "/generate", body), body)
+                    found = np.asarray(answer.prompt_logprobs[1:]) - logprobs[start:]
+                    largest = max(largest, float(np.max(np.abs(found))))
+            return largest
+
+        try:
+            found = await self._servers.each(difference)
+        except AgentArkError as error:
+            raise AgentArkError(f"{error}; {self._remedy()}") from error
+        wrong = [url for url, largest in found.items() if not largest <= tolerance]
+        if wrong:
+            differ = ", ".join(f"{url} by up to {found[url]:.3g} nats" for url in wrong)
+            raise AgentArkError(
+                f"these servers say that they have weights {self._version}, but their log-probs differ from the "
+                f"trainer's: {differ} (allowed: {tolerance:g}), as if they had other weights, a part of them or a "
+                f"cache from before; {self._remedy()}"
+            )
+        return found
+
+    def _remedy(self) -> str:
+        return (
+            f"restart it with --model-path {self._directory}, or take it out of engine.servers, and run the same "
+            "command again"
+        )
 
     def _limits(self) -> dict[str, Any]:
         """What `check_ids` compares with."""
@@ -131,8 +210,7 @@ class SGLangEngine:
 
     async def _call(self, ids: np.ndarray, settings: Mapping[str, Any], **options: Any) -> _Answer:
         """The checked answer of some server."""
-        body = {"input_ids": ids.tolist(), "return_logprob": True, "sampling_params": settings, **options}
-        return await self._servers.call("/generate", body, self._believed)
+        return await self._servers.call("/generate", _body(ids, settings, **options), self._believed)
 
     def _believed(self, server: Server, answer: Mapping[str, Any], body: Mapping[str, Any]) -> _Answer:
         """Raises ServerFault for an answer that cannot be one to this request, by these weights."""
@@ -153,7 +231,7 @@ class SGLangEngine:
             raise ServerFault(f"{server.url}: {len(ids)} ids and {len(sampled)} log-probabilities of {wanted} tokens")
         if ids and not 0 <= min(ids) <= max(ids) < self._model_config.vocab_size:
             raise ServerFault(f"{server.url}: sampled an id outside the vocabulary")
-        if "logprob_start_len" in body and scored != body["input_ids"]:
+        if "logprob_start_len" in body and scored != body["input_ids"][body["logprob_start_len"] :]:
             raise ServerFault(f"{server.url}: scored other tokens than it was sent")
         for value in (*logprobs, *scores[1:]):
             if not isinstance(value, int | float) or not -math.inf < value <= 1e-3:
@@ -197,6 +275,10 @@ class SGLangEngine:
         theirs_ids = answer.get("tokens", [])
         if theirs_ids[len(theirs_ids) - len(ours) :] != ours:  # theirs may begin with a special token
             raise UsageError(f"{server.url} has another tokenizer than {self._directory}; start it with this model's")
+
+
+def _body(ids: np.ndarray, settings: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+    return {"input_ids": ids.tolist(), "return_logprob": True, "sampling_params": settings, **options}
 
 
 def _split(entries: Sequence[Sequence[Any]]) -> tuple[list[Any], list[Any]]:

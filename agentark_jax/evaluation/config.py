@@ -1,5 +1,6 @@
 """Settings of the evaluation."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,6 +17,7 @@ class EvaluationConfig:
         vote_samples: independent samples of the base model under the majority vote.
         multi_call_questions: how many held-out questions the vote and the debate answer; 0 means all of them.
         rounds: rounds of the evaluated debate.
+        temperature: at which base and students give their one answer; 0 is greedy.
         overlap: what becomes of a question to learn from that has the same words as a held-out one, or half of its runs
             of 13 words: `refuse` ends the run, `drop` leaves it out.
         level: confidence level of every interval.
@@ -24,6 +26,7 @@ class EvaluationConfig:
     vote_samples: int = 6
     multi_call_questions: int = 0
     rounds: int = 2
+    temperature: float = 0.0
     overlap: Overlap = "refuse"
     level: float = 0.95
 
@@ -36,6 +39,8 @@ class EvaluationConfig:
             )
         if self.rounds < 1:
             raise UsageError(f"evaluate.rounds is {self.rounds}: a debate has at least one round.")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(f"evaluate.temperature is {self.temperature}: give 0 for greedy answers, or more.")
         if self.overlap not in get_args(Overlap):
             raise UsageError(f"evaluate.overlap is {self.overlap!r}: choose {' or '.join(get_args(Overlap))}.")
         if not 0 < self.level < 1:

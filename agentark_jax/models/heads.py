@@ -42,6 +42,11 @@ def step_logits(head: Head, h: Float[Array, "B T D"], positions: Int[Array, "B S
     return _affine(head, ends)
 
 
+def position_logits(head: Head, h: Float[Array, "B T D"]) -> Float[Array, "B T 2"]:
+    """`step_logits` of every position."""
+    return _affine(head, h)
+
+
 def values(head: Head, h: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     """The value of every position, float32."""
     return _affine(head, h)[..., 0]

@@ -62,6 +62,7 @@ PARAMETERS: Mapping[str, Axes] = {
     "a": ("rank", "hidden"),  # of an adapter
     "b": ("hidden", "rank"),
     "weight": ("hidden",),
+    "bias": ("hidden",),  # of a head
 }
 
 ACTIVATIONS: Mapping[str, Axes] = {

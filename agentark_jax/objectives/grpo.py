@@ -76,6 +76,28 @@ class PolicyLossConfig:
         require(kl >= 0 and math.isfinite(kl), "kl_coefficient", kl, "zero or a positive number")
 
 
+@dataclass(frozen=True)
+class GRPO:
+    """The `Objective` of policy gradients on sampled completions: `grpo_loss`, as one term."""
+
+    policy: PolicyLossConfig
+
+    @property
+    def coefficients(self) -> Mapping[str, float]:
+        return {"loss": 1.0}
+
+    def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        return policy_totals(batch, self.policy)
+
+    def loss(
+        self, config: ModelConfig, params: Any, batch: Batch, totals: Mapping[str, Any], **settings: Any
+    ) -> tuple[Float[Array, ""], Metrics]:
+        return grpo_loss(config, params, batch, totals, self.policy, **settings)
+
+    def sums(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return {"loss": metrics["loss"]}
+
+
 def sampled_tokens(batch: Batch) -> Bool[Array, "B T-1"]:
     """Which of the predictions made at positions 0 … T-2 are of tokens that the policy sampled."""
     return jnp.any(jnp.stack([weights != 0 for weights in term_weights(batch).values()]), axis=0)
@@ -210,14 +232,6 @@ def policy_loss(
     metrics = {name: share(jnp.sum(mask * values), totals["tokens"]) for name, values in of_tokens.items()}
     metrics |= {**parts, "loss": value, "ratio/max": jnp.max(mask * ratio), "loss_tokens": sampled.sum()}
     return value, jax.lax.stop_gradient(metrics)
-
-
-def combined(first: Metrics, second: Metrics) -> Metrics:
-    """The metrics of two micro-batches of a step as those of one."""
-    return {
-        name: jnp.maximum(value, second[name]) if name.endswith("/max") else value + second[name]
-        for name, value in first.items()
-    }
 
 
 def _k3(log_ratio: Array) -> Array:

@@ -6,6 +6,7 @@ whose projector is trained here as any other parameter is (there, no optimizer h
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -22,6 +23,46 @@ Term = Literal["cross_entropy", "contrastive", "supervised_contrastive"]
 Projector = dict[str, dict[str, Array]]
 
 RELEASE: Mapping[Term, float] = {"cross_entropy": 1.0, "supervised_contrastive": 0.5}
+
+
+# What stands beside a model's parameters while its process reward model is trained.
+HEAD, PROJECTOR = "prm_head", "projector"
+
+
+@dataclass(frozen=True)
+class PRM:
+    """The `Objective` of process reward models: `prm_loss` of the parameters' HEAD and, where there is one, PROJECTOR.
+
+    Batches have `steps`, a dict of the arrays of `Steps`. Its `loss_tokens` are the steps.
+    """
+
+    coefficients: Mapping[Term, float]
+    temperature: float = 0.1
+
+    def totals(self, batch: Mapping[str, Any]) -> dict[Term, Float[Array, ""]]:
+        totals = term_totals(Steps(**batch["steps"]))
+        return {term: totals[term] for term in (*self.coefficients, "cross_entropy")}
+
+    def loss(
+        self, config: ModelConfig, params: Any, batch: Mapping[str, Any], totals: Mapping[Term, Any], **settings: Any
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        trunk = {name: tree for name, tree in params.items() if name not in (HEAD, PROJECTOR)}
+        batch = {**batch, "steps": Steps(**batch["steps"])}
+        loss, metrics = prm_loss(
+            config,
+            trunk,
+            params[HEAD],
+            params.get(PROJECTOR),
+            batch,
+            totals,
+            self.coefficients,
+            temperature=self.temperature,
+            **settings,
+        )
+        return loss, {**metrics, "tokens": (batch["segment_ids"] > 0).sum(), "loss_tokens": metrics["steps"]}
+
+    def sums(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        return {term: metrics[term] for term in self.coefficients}
 
 
 class Steps(NamedTuple):

@@ -5,6 +5,7 @@ A batch is a dict of arrays [B, T]: `ids`, `positions` (restarting with every se
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,6 +18,25 @@ from agentark_jax.models.transformer import hidden_states, unembedding
 from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_nll
 
 Batch = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The `Objective` of supervised fine-tuning: `sft_loss` with a coefficient for each of the batch's terms."""
+
+    coefficients: Mapping[str, float]
+
+    def totals(self, batch: Batch) -> dict[str, Float[Array, ""]]:
+        return term_totals(batch)
+
+    def loss(
+        self, config: ModelConfig, params: Any, batch: Batch, totals: Mapping[str, Any], **settings: Any
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        return sft_loss(config, params, batch, totals, self.coefficients, **settings)
+
+    def sums(self, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Of the metrics with totals of 1: Σ weight·nll of each term."""
+        return {term: metrics[f"nll/{term}"] for term in self.coefficients}
 
 
 def predictable(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T-1"]:

@@ -16,8 +16,10 @@ from agentark_jax.protocols.table import Pool, Result, Table
 from agentark_jax.records import DEBATE, DEBATER, Question, Turn
 
 
-async def debate(question: Question, pool: Pool, config: DebateConfig, peer_source: PeerSource = real) -> Result:
-    """Let the agents debate one question.
+async def debate(
+    question: Question, pool: Pool, config: DebateConfig, peer_source: PeerSource = real, *, sample: int = 0
+) -> Result:
+    """Let the agents debate one question; debates of other `sample` numbers are independent of this one.
 
     The number of rounds is no part of a call's identity: a longer debate continues a stored shorter one. An agent whose
     call fails keeps its last answer in that round; one that has none yet is asked the question alone in the next.
@@ -29,7 +31,7 @@ async def debate(question: Question, pool: Pool, config: DebateConfig, peer_sour
     async def speak(agent: int, round: int) -> Turn:
         own = said[agent]
         if not own:
-            return await table.pose(agent, role=DEBATER, round=round)
+            return await table.pose(agent, role=DEBATER, round=round, sample=sample)
         heard = neighbours(config.topology, config.agents, agent)
         seen = {peer: said[peer][-1] for peer in heard if said[peer]}
         peers = await peer_source(question, agent, round, seen, table.form(agent))
@@ -39,6 +41,7 @@ async def debate(question: Question, pool: Pool, config: DebateConfig, peer_sour
             peers,
             role=DEBATER,
             round=round,
+            sample=sample,
             named=config.named,
             shared_first=config.layout == "shared_first",
         )

@@ -140,6 +140,7 @@ class Table:
         *,
         role: str,
         round: int,
+        sample: int = 0,
         named: bool = False,
         shared_first: bool = False,
     ) -> Turn:
@@ -166,7 +167,7 @@ class Table:
             for end in reversed(range(len(peers))):
                 yield draft([], peers[:end])
 
-        return await self._ask(agent, drafts(), role, round, 0)
+        return await self._ask(agent, drafts(), role, round, sample)
 
     async def tell(
         self,

@@ -86,6 +86,7 @@ def _plots(results: Mapping[str, Any]) -> dict[str, Any]:
         "tokens_plot": shown(plots.accuracy_tokens(results["arms"])),
         "rounds_plot": shown(plots.rounds(results.get("debate") or {})),
         "loss_plot": shown(plots.losses(results.get("training") or {}, results["arms"])),
+        "rollout_plot": shown(plots.rollouts(results.get("training") or {}, results["arms"])),
         "curve_plots": [shown(plot) for plot in curves if plot is not None],
     }
 

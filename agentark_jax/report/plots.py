@@ -145,6 +145,51 @@ def losses(training: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping
     )
 
 
+_ROLLOUTS = {"accuracy": "right", "process": "process reward", "truncated": "cut off"}
+
+
+def rollouts(training: Mapping[str, Mapping[str, Any]], arms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
+    """What policies' rollouts were by iteration: shares that are right and cut off, and the process reward."""
+    runs = {name: run["iterations"] for name, run in training.items() if run.get("iterations")}
+    if not runs:
+        return None
+    names = {name: label(arms.get(name, {}).get("label") or name) for name in runs}
+    series = [
+        (name, key, [(index + 1, record[key]) for index, record in enumerate(records)])
+        for name, records in runs.items()
+        for key in _ROLLOUTS
+        if all(key in record for record in records)
+    ]
+    styles = dict(zip(_ROLLOUTS, ("-", "--", ":"), strict=True))
+
+    def paint(canvas: Canvas) -> None:
+        for name, key, points in series:
+            colour = SERIES[list(runs).index(name) % len(SERIES)]
+            text = f"{names[name]}: {_ROLLOUTS[key]}"
+            canvas.axes.plot(*_columns(_thin(points)), color=colour, label=text, linestyle=styles[key], linewidth=1.5)
+        canvas.axes.set_ylim(0, 1)
+        canvas.axes.margins(x=0.02)
+        canvas.axes.set_xlabel("iteration")
+        canvas.axes.set_ylabel("mean over rollouts")
+        _legend(canvas, len(canvas.axes.get_lines()))
+
+    wide, narrow = draw("rollouts", paint, 900, 380)
+    ends = "; ".join(
+        f"{names[name]} went from {words.percent(first['accuracy'])} to {words.percent(last['accuracy'])} right"
+        for name, (first, *_, last) in ((name, [records[0], *records]) for name, records in runs.items())
+    )
+    return Plot(
+        "rollouts",
+        "Rollouts by iteration",
+        f"Rollouts of each policy while it learned. {ends}.",
+        "Sampled on the questions that it learns from: not what it can do on held-out ones.",
+        wide,
+        narrow,
+        ("run", "figure", "iteration", "value"),
+        tuple((names[name], _ROLLOUTS[key], x, y) for name, key, points in series for x, y in points),
+    )
+
+
 def curve(data: Mapping[str, Any], index: int) -> Plot | None:
     """The `index`-th curve with intervals.
 

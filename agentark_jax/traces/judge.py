@@ -30,7 +30,7 @@ _REPLY = (
     'Reply "true" if its final answer is right, otherwise "false".'
 )
 ALLOWED = r"\s?(true|false)"
-_MAX_TOKENS = 16
+MAX_TOKENS = 16
 # Characters at the end of a solution, where its answer is.
 _SHOWN = 4000
 
@@ -45,7 +45,7 @@ async def ask(engine: Engine, form: Format, told: str, shown: str, reply: str) -
     content = [token for token in tokenizer.encode(shown) if not tokenizer.is_special(token)]
     prompt = form.instruction([told, content, reply])
     ids = np.asarray([token for segment in prompt for token in segment], np.int32)
-    sampling = Sampling(0.0, _MAX_TOKENS, form.stop_ids, seed=0, regex=ALLOWED)
+    sampling = Sampling(0.0, MAX_TOKENS, form.stop_ids, seed=0, regex=ALLOWED)
     completion = await engine.generate(Request(ids, sampling))
     verdicts: Mapping[str, Verdict] = {"true": "right", "false": "wrong"}
     return verdicts.get(completion.text.strip(), "unparseable"), completion

@@ -10,9 +10,11 @@ In `by_debate` and `StepJudge` a first wrong step makes all after it wrong.
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +23,11 @@ from agentark_jax.data.render import Format
 from agentark_jax.data.steps import Step, steps
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Engine, Request, TooLong
+from agentark_jax.errors import UsageError
+from agentark_jax.files import write_text
 from agentark_jax.records import JUDGE, SUMMARISER, Question, Sampling, stable_hash
-from agentark_jax.traces.judge import ALLOWED, ask
+from agentark_jax.tasks.rows import read_file
+from agentark_jax.traces.judge import ALLOWED, MAX_TOKENS, ask
 from agentark_jax.traces.labels import Grader, LabelledTurn, by_speaker, majorities
 from agentark_jax.traces.store import Said
 
@@ -209,6 +214,13 @@ class StepJudge:
         words = stable_hash([self._ASK, self._LAST, self._REPLY, ALLOWED, form.hash])[:8]
         self.id = f"step-judge-1:{engine.model}:{engine.weights}:{words}"
 
+    @classmethod
+    def length(cls, form: Format, question: Question, texts: Sequence[str]) -> int:
+        """How many tokens of context the longest request about a turn takes."""
+        shown = form.tokenizer.encode("".join(texts[:-1]) + cls._LAST + texts[-1])
+        prompt = form.instruction([cls._ASK.format(question=question.prompt), shown, cls._REPLY])
+        return sum(map(len, prompt)) + MAX_TOKENS
+
     async def labels(self, key: str, question: Question, texts: Sequence[str]) -> StepLabels | None:
         """Labels of a turn's steps; None where a step did not fit the engine's context, or nothing was said of one.
 
@@ -267,3 +279,25 @@ def _wrong_from(error: int, count: int) -> tuple[float, ...]:
 def _plain(text: str) -> str:
     """Without what does not tell apart what is said: capitals, white space, marks around it."""
     return " ".join(text.split()).casefold().strip(" .,;:!?*")
+
+
+def save_step_labels(path: Path, labels: Iterable[StepLabels]) -> None:
+    """Write labels as JSON lines, replacing the file. Raises AgentArkError when it cannot be written."""
+    write_text(path, "".join(json.dumps(asdict(each)) + "\n" for each in labels))
+
+
+def load_step_labels(path: Path) -> list[StepLabels]:
+    """The labels of a file of `save_step_labels`. Raises UsageError for another file, and as `read_file`."""
+    labels: list[StepLabels] = []
+    if path.is_file() and not path.stat().st_size:
+        return labels
+    for row in read_file(path, "labels"):
+        try:
+            values = row.values
+            right = tuple(map(float, values["right"]))
+            if not all(0 <= each <= 1 for each in right):
+                raise ValueError(f"{right} are no probabilities")
+            labels.append(StepLabels(str(values["key"]), str(values["source"]), right, int(values["tokens"])))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{row.where}: {error!r}; these are no labels of steps: make them anew.") from error
+    return labels

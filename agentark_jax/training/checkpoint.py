@@ -137,15 +137,18 @@ class Checkpointer:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, memory: Mapping[str, Any], best: int | None = None) -> None:
+    def save(
+        self, state: TrainState, memory: Mapping[str, Any], best: int | None = None, number: int | None = None
+    ) -> None:
         """Writes the state and the JSON-serialisable `memory` of the loop; returns when both are on disk or, if saves
-        are asynchronous, when the state may change. `best` is the step whose checkpoint is the best so far.
+        are asynchronous, when the state may change. `best` is the step whose checkpoint is the best so far. The
+        checkpoint goes by the state's step, or by a `number` above those of all before.
 
         Raises AgentArkError when they cannot be written, or the one before this could not; the others are untouched.
         """
         self._retention.best = best
         self._finish()
-        step = int(state.step)
+        step = int(state.step) if number is None else number
         if step == self.latest:
             return
         record: dict[str, Any] = {
@@ -178,13 +181,14 @@ class Checkpointer:
             "free space or make the directory writable, and run the same command again"
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint as (state, memory), or None if there is none. `like` gives shapes and shardings.
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]] | None:
+        """A checkpoint, the newest if none is named, as (state, memory), or None if there is none. `like` gives shapes
+        and shardings.
 
         Raises AgentArkError for a checkpoint of another fingerprint (naming the keys that differ) and for a damaged
         one.
         """
-        step = self.latest
+        step = self.latest if step is None else step
         if step is None:
             return None
         place = self.directory / str(step)
@@ -197,6 +201,7 @@ class Checkpointer:
             record = self._manager.restore(step, args=arguments)["record"]
             intact = record.pop("record_sha256") == _record_digest(record)
             written, memory, digest = record["fingerprint"], record["memory"], record["sha256"]
+            intact = intact and record["step"] == step
         except Exception as error:  # orbax has no exception of its own for a damaged checkpoint
             raise AgentArkError(damaged % f" ({_first_line(error)})") from error
         if not intact:
@@ -210,7 +215,7 @@ class Checkpointer:
                 state = TrainState(**self._manager.restore(step, args=arguments)["state"])
         except Exception as error:
             raise AgentArkError(damaged % f" ({_first_line(error)})") from error
-        if state_digest(state) != digest or int(state.step) != step:
+        if state_digest(state) != digest:
             raise AgentArkError(damaged % " (its SHA-256 does not match)")
         return state, memory
 

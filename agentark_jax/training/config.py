@@ -69,6 +69,7 @@ class FitConfig:
         row_length: tokens per row; longer examples are an error.
         accumulation: micro-batches that the rows of a step are split into, to save memory; changes no result.
         freeze: parameters that stay as they are: top-level names or dotted paths, such as [embedding].
+        last_layers: train only so many of the last layers, and the heads where there are any; null for everything.
         lora: train adapters of this rank, alpha and targets, and nothing else; the result is the model with them merged
             into its weights. Null trains the weights themselves.
         coefficients: factor of each named loss term; a term that is not named has 1.
@@ -102,6 +103,7 @@ class FitConfig:
     row_length: int = 256
     accumulation: int = 1
     freeze: list[str] = field(default_factory=list)
+    last_layers: int | None = None
     lora: Lora | None = None
     coefficients: dict[str, float] = field(default_factory=dict)
     checkpoint_every: int = 50
@@ -121,7 +123,7 @@ class FitConfig:
     def __post_init__(self) -> None:
         for key in ("epochs", "rows", "row_length", "accumulation", "checkpoint_every", "keep"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("steps", "eval_every", "patience", "keep_every"):
+        for key in ("steps", "eval_every", "patience", "keep_every", "last_layers"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "at least 1, or null")
         for key in ("learning_rate", "clip_norm"):
@@ -151,6 +153,12 @@ class FitConfig:
             self.freeze,
             "empty beside lora, which freezes everything but its adapters",
         )
+        require(
+            self.lora is None or self.last_layers is None,
+            "last_layers",
+            self.last_layers,
+            "null beside lora, which freezes everything but its adapters",
+        )
         profiled = self.profile_steps
         require(
             not profiled or (len(profiled) == 2 and 1 <= profiled[0] <= profiled[1]),
@@ -172,8 +180,8 @@ class FitConfig:
         )
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of this config the fitted parameters depend on. Without adapters it says nothing of them, so that fits
-        from before there were any stay up to date.
+        """What of this config the fitted parameters depend on. Of keys that came later it says nothing while they are
+        null, so that fits from before there were any stay up to date.
         """
-        ignored = (*BOOKKEEPING, "lora") if self.lora is None else BOOKKEEPING
-        return {key: value for key, value in asdict(self).items() if key not in ignored}
+        unset = [key for key in ("lora", "last_layers") if getattr(self, key) is None]
+        return {key: value for key, value in asdict(self).items() if key not in (*BOOKKEEPING, *unset)}

@@ -104,6 +104,17 @@ def handed_out() -> Iterator[Any]:
         yield job
 
 
+def told(value: Any) -> Any:
+    """What the first process has to say in the middle of a job, in all processes; the others' value is ignored.
+
+    Raises AgentArkError when it failed instead.
+    """
+    if not follows():
+        hand_out(value)
+        return value
+    return next(handed_out())
+
+
 def _store() -> Any:
     """The key-value store that JAX's coordinator keeps for the processes; there is one once they are initialised."""
     assert jax_distributed.global_state.client is not None, "one of several processes has joined the others"

@@ -17,18 +17,21 @@ from agentark_jax.models.config import load_config
 from agentark_jax.models.lora import save_adapter
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params, save_pretrained
+from agentark_jax.objectives.prm import PRM
 from agentark_jax.records import Example
 from agentark_jax.training import distributed
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.loop import FitResult, Progress, fit
 from agentark_jax.training.mesh import make_mesh, param_shardings
+from agentark_jax.training.prm import load_beside, save_beside
 
 
 @dataclass(frozen=True)
 class Job:
     """What is fitted to what, and where the result goes: below `directory`, see `train`.
 
-    `model` is a model directory and `revision` the hash of its content.
+    `model` is a model directory and `revision` the hash of its content. With an `objective` a process reward model is
+    trained, whose examples have steps: `revision` then also covers what stands beside the model (`training.prm`).
     """
 
     config: FitConfig
@@ -38,6 +41,39 @@ class Job:
     validation: Sequence[Example]
     directory: Path
     seed: int
+    objective: PRM | None = None
+
+    def carry_out(self, progress: Progress | None = None) -> FitResult:
+        here = (self.model / "config.json").is_file() and self.directory.is_dir()
+        distributed.agree(
+            None if here else f"{self.model} and {self.directory} must be on a disk that all processes share"
+        )
+        config = load_config(self.model)
+        shapes = flatten_dict(param_shapes(config), sep=".")
+        shardings = unflatten_dict(param_shardings(make_mesh(self.config.mesh), shapes), sep=".")
+        objective = self.objective
+        result = fit(
+            self.config,
+            config,
+            load_params(self.model, config, shardings=shardings),
+            self.examples,
+            directory=self.directory,
+            seed=self.seed,
+            fingerprint={"model": self.revision},
+            validation=self.validation,
+            progress=progress,
+            objective=objective,
+            extra=None if objective is None else load_beside(self.model, config, objective, self.seed),
+            together=objective is not None and "contrastive" in objective.coefficients,
+        )
+        release_memory()  # of the optimizer, before the export makes copies
+        save_pretrained(self.directory / "model", config, result.params, self.model)
+        if objective is not None:
+            save_beside(self.directory / "model", result.extra)
+        if result.adapter is not None:
+            adapted = replace(config, lora=self.config.lora)
+            save_adapter(self.directory / "adapter", adapted, result.adapter, str(self.model))
+        return result
 
 
 def for_steps(config: FitConfig, examples: Sequence[Example], steps: int) -> FitConfig:
@@ -50,43 +86,20 @@ def train(job: Job, progress: Progress | None = None) -> FitResult:
     """Does a job, together with the processes that are in `follow`; resumes it where it was interrupted.
 
     Each process reads only those parts of the weights that its devices hold. Writes what `fit` writes, `model/` in
-    Hugging Face format and, where adapters were trained, `adapter/` in PEFT's.
+    Hugging Face format (of a process reward model with its head, and the projector where there is one) and, where
+    adapters were trained, `adapter/` in PEFT's.
 
-    Raises as `fit`, `load_params` and `save_pretrained`, and UsageError where a process does not see the model.
+    Raises as `fit`, `load_params`, `load_beside` and `save_pretrained`, and UsageError where a process does not see the
+    model.
     """
     distributed.hand_out(job)
-    return _carry_out(job, progress)
+    return job.carry_out(progress)
 
 
 def follow() -> None:
     """Takes part in every job of the first process until that is done. Raises as `train`, and when the other failed."""
     for job in distributed.handed_out():
-        _carry_out(job, None)
-
-
-def _carry_out(job: Job, progress: Progress | None) -> FitResult:
-    here = (job.model / "config.json").is_file() and job.directory.is_dir()
-    distributed.agree(None if here else f"{job.model} and {job.directory} must be on a disk that all processes share")
-    config = load_config(job.model)
-    shapes = flatten_dict(param_shapes(config), sep=".")
-    shardings = unflatten_dict(param_shardings(make_mesh(job.config.mesh), shapes), sep=".")
-    result = fit(
-        job.config,
-        config,
-        load_params(job.model, config, shardings=shardings),
-        job.examples,
-        directory=job.directory,
-        seed=job.seed,
-        fingerprint={"model": job.revision},
-        validation=job.validation,
-        progress=progress,
-    )
-    release_memory()  # of the optimizer, before the export makes copies
-    save_pretrained(job.directory / "model", config, result.params, job.model)
-    if result.adapter is not None:
-        adapted = replace(config, lora=job.config.lora)
-        save_adapter(job.directory / "adapter", adapted, result.adapter, str(job.model))
-    return result
+        job.carry_out()
 
 
 def release_memory() -> None:

@@ -25,6 +25,8 @@ from agentark_jax.models import lora
 from agentark_jax.models.attention import AttentionPlan, kernel_platform
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import sft_flops
+from agentark_jax.objectives.base import Objective
+from agentark_jax.objectives.sft import SFT
 from agentark_jax.records import Example, ids_hash, stable_hash
 from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig
@@ -54,13 +56,15 @@ Stopped = Literal["completed", "early"]
 class FitResult:
     """What a fit gave. `params` is the full nested tree, frozen parameters included and adapters merged.
 
-    `adapter` is the tree of the adapters that were trained, or None where the weights themselves were.
+    `adapter` is the tree of the adapters that were trained, or None where the weights themselves were; `extra` what was
+    trained beside the model.
     `tokens` (without padding) and `loss_tokens` were trained on, `seconds` is wall time over all resumed runs.
     `history` has (step, loss) of every step, `validation_history` (step, loss) of every evaluation, steps from 1.
     """
 
     params: dict[str, Any]
     adapter: dict[str, Any] | None
+    extra: dict[str, Any]
     steps: int
     tokens: int
     loss_tokens: int
@@ -118,8 +122,15 @@ def fit(
     fingerprint: Mapping[str, Any],
     validation: Sequence[Example] | None = None,
     progress: Progress | None = None,
+    objective: Objective | None = None,
+    extra: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> FitResult:
     """Fits `params` (a nested tree) to `examples`; the same arguments give the same result.
+
+    `objective` is what is minimised; by default the loss terms of the examples (`objectives.sft.SFT`). `extra` is what
+    it trains beside the model: a nested tree that is always trainable, with names of its own. With `together` the
+    examples of a question are in one micro-batch.
 
     `params` is used up, so that no second copy of it takes memory: its trainable arrays become the state that the
     steps update in place, and reading one of them afterwards is an error. With `config.lora` none of them is trained:
@@ -141,20 +152,20 @@ def fit(
     started = time.monotonic()
     mesh = make_mesh(config.mesh)
     if config.lora is None:
-        trainable, frozen = partition(params, config.freeze)
+        trainable, frozen = partition(params, config.freeze, last_layers=config.last_layers)
     else:
         model_config = replace(model_config, lora=config.lora)
         trainable = flatten_dict(lora.init_adapter(model_config, seed), sep=".")
         frozen = flatten_dict(params, sep=".")
+    trainable |= flatten_dict(dict(extra or {}), sep=".")
     check_mesh(mesh, model_config, {**trainable, **frozen}, config.rows, config.accumulation)
     attention, why = fit_attention(config, model_config, kernel_platform(mesh.devices.flat[0]))
     logger.info("attention: %s", why)
     terms = term_names([*examples, *(validation or ())])
-    for term in config.coefficients:
-        if term not in terms:
-            raise UsageError(f"coefficients: no example has the loss term {term!r}; choose among {', '.join(terms)}")
-    coefficients = {term: float(config.coefficients.get(term, 1.0)) for term in terms}
+    objective = objective or _supervised(config, terms)
     shape: dict[str, Any] = {"rows": config.rows, "row_length": config.row_length, "terms": terms}
+    if together:
+        shape["together"] = config.rows // config.accumulation
     data = packed_batches(examples, seed=seed, epochs=config.epochs, **shape)
     validation_data = None
     if config.eval_every is not None:
@@ -172,6 +183,7 @@ def fit(
         "examples": examples_hash(examples),
         "validation": examples_hash(validation or ()),
         "seed": seed,
+        **({} if extra is None else {"objective": repr(objective)}),
         **fingerprint,
     }
     memory = Memory()
@@ -190,7 +202,7 @@ def fit(
                 model_config,
                 directory,
                 stable_hash(identity),
-                coefficients,
+                objective,
                 steps,
                 mesh,
                 attention,
@@ -202,13 +214,15 @@ def fit(
             )
             state = run.go(state, memory, checkpointer, started)
     fitted = merge(state.params, frozen)
+    beside = {name: fitted.pop(name) for name in dict(extra or {})}
     adapter: dict[str, Any] | None = None
     if config.lora is not None:
         fitted = lora.merge(model_config, fitted)[1]
-        adapter = unflatten_dict(state.params, sep=".")
+        adapter = {name: tree for name, tree in unflatten_dict(state.params, sep=".").items() if name not in beside}
     return FitResult(
         params=fitted,
         adapter=adapter,
+        extra=beside,
         steps=int(state.step),
         tokens=memory.tokens,
         loss_tokens=memory.loss_tokens,
@@ -219,6 +233,14 @@ def fit(
     )
 
 
+def _supervised(config: FitConfig, terms: Sequence[str]) -> SFT:
+    """The loss terms of the examples with the configured coefficients."""
+    for term in config.coefficients:
+        if term not in terms:
+            raise UsageError(f"coefficients: no example has the loss term {term!r}; choose among {', '.join(terms)}")
+    return SFT({term: float(config.coefficients.get(term, 1.0)) for term in terms})
+
+
 def examples_hash(examples: Sequence[Example]) -> str:
     """Content hash of everything in the examples that training reads."""
     digest = hashlib.sha256()
@@ -227,11 +249,14 @@ def examples_hash(examples: Sequence[Example]) -> str:
         for term, weights in sorted(example.weights.items()):
             digest.update(f"{term}\n".encode())
             digest.update(np.ascontiguousarray(weights, dtype="<f4").tobytes())
+        if example.step_ends is not None:
+            digest.update(np.ascontiguousarray(example.step_ends, dtype="<i4").tobytes())
+            digest.update(np.ascontiguousarray(example.step_labels, dtype="<f4").tobytes())
     return digest.hexdigest()[:24]
 
 
 @contextmanager
-def _sigterm() -> Iterator[Callable[[int], bool]]:
+def terminating() -> Iterator[Callable[[int], bool]]:
     """Whether to stop after a step because SIGTERM came; every step has to ask.
 
     With several processes JAX itself handles the signal: the one that gets it makes all of them stop after the same
@@ -259,7 +284,7 @@ class _Run:
     model: ModelConfig
     directory: Path
     identity: str
-    coefficients: Mapping[str, float]
+    objective: Objective
     steps: int
     mesh: Mesh
     attention: AttentionPlan
@@ -271,14 +296,18 @@ class _Run:
 
     def go(self, state: TrainState, memory: Memory, checkpointer: Checkpointer, started: float) -> TrainState:
         """Trains until the last step, an early stop or SIGTERM; `memory` is updated, the final state is on disk."""
-        step = make_step(self.config, self.model, self.coefficients, self.steps, self.shardings, self.attention)
-        evaluate = make_evaluation(self.config, self.model, self.coefficients, self.mesh, self.attention)
+        step = make_step(self.config, self.model, self.objective, self.steps, self.shardings, self.attention)
+        evaluate = make_evaluation(self.config, self.model, self.objective, self.mesh, self.attention)
         first, before = int(state.step), memory.seconds
         clock = StepClock(peak_flops(self.mesh.devices.flatten().tolist()))
         late: tuple[int, dict[str, Any]] | None = None  # metrics are read while the device is at the next step
         profile_from, profile_to = self.config.profile_steps or (0, 0)
         profile_from = max(profile_from, first + 1) if profile_to > first else 0
-        with MetricsLog(self.directory, first, self._wandb()) as log, _sigterm() as terminates, ExitStack() as profile:
+        with (
+            MetricsLog(self.directory, first, self._wandb()) as log,
+            terminating() as terminates,
+            ExitStack() as profile,
+        ):
             for number, batch in enumerate(clock.waiting(self._batches(self.data, first, self.steps)), first + 1):
                 if number == profile_from:
                     profile.enter_context(jax.profiler.trace(str(self.directory / "profile")))
@@ -367,15 +396,16 @@ class _Run:
         return path
 
     def _validate(self, evaluate: Callable[..., Any], params: FlatParams, number: int) -> float:
-        """Σ coefficient · Σ weight·nll / Σ weight over all validation examples."""
+        """Σ coefficient · sum / total of each term over all validation examples."""
         assert self.validation is not None
-        sums, totals = dict.fromkeys(self.coefficients, 0.0), dict.fromkeys(self.coefficients, 0.0)
+        coefficients = self.objective.coefficients
+        sums, totals = dict.fromkeys(coefficients, 0.0), dict.fromkeys(coefficients, 0.0)
         for batch in self._batches(self.validation, 0, len(self.validation)):
             batch_sums, batch_totals = jax.device_get(evaluate(params, self.frozen, batch))
-            for term in self.coefficients:
+            for term in coefficients:
                 sums[term] += float(batch_sums[term])
                 totals[term] += float(batch_totals[term])
-        loss = sum(self.coefficients[term] * sums[term] / totals[term] for term in totals if totals[term])
+        loss = sum(coefficients[term] * sums[term] / totals[term] for term in totals if totals[term])
         if not math.isfinite(loss):
             raise AgentArkError(f"step {number}: the validation loss is {loss}; lower learning_rate")
         return loss

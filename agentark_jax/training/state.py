@@ -30,8 +30,13 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-def partition(params: Mapping[str, Any], freeze: Sequence[str], key: str = "freeze") -> tuple[FlatParams, FlatParams]:
+def partition(
+    params: Mapping[str, Any], freeze: Sequence[str], key: str = "freeze", last_layers: int | None = None
+) -> tuple[FlatParams, FlatParams]:
     """(trainable, frozen): paths that are, or lie below, one of the dotted prefixes `freeze` are frozen.
+
+    With `last_layers` all but so many layers are frozen. Layers are stacked, so a path can then be in both: the first
+    of its layers are frozen, the others trainable.
 
     Raises UsageError for a prefix that matches nothing and when nothing is left to train.
     """
@@ -45,14 +50,46 @@ def partition(params: Mapping[str, Any], freeze: Sequence[str], key: str = "free
             raise UsageError(f"{key}: no parameter is called {prefix!r}; choose among {', '.join(sorted(params))}")
     frozen = {path: leaf for path, leaf in flat.items() if any(below(path, prefix) for prefix in freeze)}
     trainable = {path: leaf for path, leaf in flat.items() if path not in frozen}
+    if last_layers is not None:
+        cut = {path: _layers_before(path, leaf, params, last_layers) for path, leaf in trainable.items()}
+        frozen |= {path: _layers(trainable[path], 0, before) for path, before in cut.items() if before != 0}
+        trainable = {
+            path: _layers(trainable[path], before, None)
+            for path, before in cut.items()
+            if before is not None and before < trainable[path].shape[0]
+        }
     if not trainable:
         raise UsageError(f"{key}: {list(freeze)} leaves no parameter to train; freeze less")
     return trainable, frozen
 
 
+def _layers_before(path: str, leaf: Any, params: Mapping[str, Any], last: int) -> int | None:
+    """How many of the layers of a (stacked) parameter come before the `last` of the model; None: it is no layer's."""
+    top, *below = path.split(".")
+    if top not in ("scanned", "rest"):
+        return None
+    rest, period = len(params.get("rest", {})), len(params["scanned"])
+    if top == "rest":
+        return None if int(below[0]) < rest - last else 0
+    repeats = leaf.shape[0]
+    first = period * repeats + rest - last  # the first of the last layers
+    return min(repeats, max(0, -(-(first - int(below[0])) // period)))
+
+
+def _layers(leaf: Any, start: int, stop: int | None) -> Any:
+    """Some of the stacked layers of an array or a shape; all of it where there is nothing to cut."""
+    if stop is None and start == 0:
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        kept = len(range(*slice(start, stop).indices(leaf.shape[0])))
+        return jax.ShapeDtypeStruct((kept, *leaf.shape[1:]), leaf.dtype)
+    return leaf[start:stop]
+
+
 def merge(trainable: FlatParams, frozen: FlatParams) -> dict[str, Any]:
     """The nested tree that `partition` split."""
-    return unflatten_dict({**trainable, **frozen}, sep=".")
+    whole = {path: jnp.concatenate([frozen[path], leaf]) for path, leaf in trainable.items() if path in frozen}
+    return unflatten_dict({**frozen, **trainable, **whole}, sep=".")
 
 
 def is_decayed(path: str) -> bool:

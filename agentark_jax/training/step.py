@@ -9,23 +9,22 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 from jax.stages import Wrapped
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.sharding import constrain, on_mesh, replicated, row_sharding
-from agentark_jax.objectives.sft import sft_loss, term_totals
+from agentark_jax.objectives.base import Metrics, Objective, combined
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.state import FlatParams, Shardings, TrainState, learning_rates, make_optimizer, merge
 
-Metrics = dict[str, Float[Array, ""]]
 Evaluation = Callable[[FlatParams, FlatParams, Mapping[str, Any]], tuple[Metrics, Metrics]]
 
 
 def make_step(
     config: FitConfig,
     model: ModelConfig,
-    coefficients: Mapping[str, float],
+    objective: Objective,
     steps: int,
     shardings: Shardings,
     attention: AttentionPlan = XLA,
@@ -34,8 +33,8 @@ def make_step(
 
     `shardings` (of `state_shardings`) say where the state is before and after a step, and which mesh to compute on.
 
-    Metrics: those of `sft_loss` over the whole batch, `gradient_norm` (before clipping) and `learning_rate`. Gradients
-    are taken of the trainable parameters only.
+    Metrics: those of the objective over the whole batch, `gradient_norm` (before clipping) and `learning_rate`.
+    Gradients are taken of the trainable parameters only.
     """
     optimizer = make_optimizer(config, steps)
     rates = learning_rates(config, steps)
@@ -43,11 +42,10 @@ def make_step(
 
     def loss(trainable: FlatParams, frozen: FlatParams, batch: Any, totals: Any) -> tuple[Array, Metrics]:
         settings: dict[str, Any] = {"remat": config.remat, "dtype": config.compute_dtype, "attention": attention}
-        return sft_loss(model, merge(trainable, frozen), batch, totals, coefficients, **settings)
+        return objective.loss(model, merge(trainable, frozen), batch, totals, **settings)
 
     def step(state: TrainState, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        totals = term_totals(batch)
-        gradient = partial(jax.grad(loss, has_aux=True), state.params, frozen, totals=totals)
+        gradient = partial(jax.grad(loss, has_aux=True), state.params, frozen, totals=objective.totals(batch))
         gradients, metrics = _summed(gradient, batch, config.accumulation)
         metrics["gradient_norm"] = optax.tree.norm(gradients)
         metrics["learning_rate"] = jnp.asarray(rates(state.step), jnp.float32)
@@ -67,18 +65,20 @@ def make_step(
 
 
 def make_evaluation(
-    config: FitConfig, model: ModelConfig, coefficients: Mapping[str, float], mesh: Mesh, attention: AttentionPlan = XLA
+    config: FitConfig, model: ModelConfig, objective: Objective, mesh: Mesh, attention: AttentionPlan = XLA
 ) -> Evaluation:
-    """(trainable, frozen, batch) → (Σ weight·nll per term, Σ weight per term), to be summed over batches."""
+    """(trainable, frozen, batch) → (the sum of each term, its total), to be summed over batches."""
 
     def evaluate(trainable: FlatParams, frozen: FlatParams, batch: Mapping[str, Any]) -> tuple[Metrics, Metrics]:
-        def summed_nll(micro: Mapping[str, Any]) -> Metrics:
-            ones = {term: jnp.ones(()) for term in coefficients}
-            settings: dict[str, Any] = {"dtype": config.compute_dtype, "attention": attention}
-            _, metrics = sft_loss(model, merge(trainable, frozen), micro, ones, coefficients, **settings)
-            return {term: metrics[f"nll/{term}"] for term in coefficients}
+        totals = objective.totals(batch)
+        ones = jax.tree.map(jnp.ones_like, totals)
 
-        return _summed(summed_nll, batch, config.accumulation), term_totals(batch)
+        def sums(micro: Mapping[str, Any]) -> tuple[Metrics, Metrics]:
+            settings: dict[str, Any] = {"dtype": config.compute_dtype, "attention": attention}
+            _, metrics = objective.loss(model, merge(trainable, frozen), micro, ones, **settings)
+            return {}, objective.sums(metrics)
+
+        return _summed(sums, batch, config.accumulation)[1], totals
 
     return jax.jit(_on(mesh, evaluate), in_shardings=(None, None, row_sharding(mesh)), out_shardings=replicated(mesh))
 
@@ -92,8 +92,8 @@ def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-def _summed(function: Callable[[Any], Any], batch: Mapping[str, Any], parts: int) -> Any:
-    """Σ function(micro-batch) over `parts` equal slices of the rows, one after the other."""
+def _summed(function: Callable[[Any], tuple[Any, Metrics]], batch: Mapping[str, Any], parts: int) -> Any:
+    """Σ function(micro-batch) over `parts` equal slices of the rows, one after the other: a tree, and metrics."""
     if parts == 1:
         return function(batch)
 
@@ -106,6 +106,7 @@ def _summed(function: Callable[[Any], Any], batch: Mapping[str, Any], parts: int
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
 
     def add(total: Any, micro: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(micro)), None
+        (tree, metrics), (more, its_metrics) = total, function(micro)
+        return (jax.tree.map(jnp.add, tree, more), combined(metrics, its_metrics)), None
 
     return jax.lax.scan(add, zeros, sliced)[0]

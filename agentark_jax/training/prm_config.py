@@ -1,0 +1,105 @@
+"""How a process reward model is made: where the labels of steps come from, and the two fits that learn them."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from agentark_jax.errors import require
+from agentark_jax.objectives.prm import PRM, RELEASE, Term
+from agentark_jax.training.config import FitConfig
+
+LabelSource = Literal["consensus", "debate", "continuations", "judge", "agreed"]
+Source = Literal["paper", "release"]
+
+PAPER: Mapping[Term, float] = {"contrastive": 1.0}
+
+# Those whose labels take further calls of a model.
+PAID: tuple[LabelSource, ...] = ("continuations", "judge", "agreed")
+
+
+@dataclass(frozen=True)
+class PRMConfig:
+    """A process reward model: the student with a head that says of each step how probably it is right.
+
+    It is trained in two stages (arXiv 2602.03955, §3): its last layer and the head first, then everything. Invalid
+    values raise UsageError.
+
+    Args:
+        faithful_to: whose loss: that of the paper (steps are contrasted with wrong ones of other agents on the same
+            question), or of its released code (cross-entropy, and half the supervised contrast of projected steps).
+        coefficients: factor of each of the terms cross_entropy, contrastive and supervised_contrastive, instead; null
+            for what faithful_to says.
+        temperature: of the contrasting terms. The paper tells none; 0.1 is the release's.
+        labels: who says which steps are right. consensus: the debate's final answer, for whole answers; debate: where
+            the debaters say that the error is; continuations: how many continuations of a step end with the right
+            answer; judge: a model that is asked step by step; agreed: answers of which continuations and judge tell the
+            same. The first two cost nothing but the debate.
+        continuations: how many of each step.
+        hard: take a step for right, fully, if it may be (Math-Shepherd's hard estimation: any continuation ends right),
+            instead of the share of continuations as it is. The other sources are hard by themselves.
+        questions: label the answers to at most this many questions; null for all.
+        turns: label at most this many answers to a question; null for all.
+        frozen: training of the last layers and the head.
+        whole: training of everything after it; null for none.
+    """
+
+    faithful_to: Source = "paper"
+    coefficients: dict[Term, float] | None = None
+    temperature: float = 0.1
+    labels: LabelSource = "consensus"
+    continuations: int = 4
+    hard: bool = False
+    questions: int | None = None
+    turns: int | None = None
+    # Rates and epochs of the frozen stage are the release's, of the whole stage PURE's, on whose code that is built.
+    frozen: FitConfig = field(default_factory=lambda: FitConfig(learning_rate=1e-4, epochs=3, last_layers=1))
+    whole: FitConfig | None = field(default_factory=lambda: FitConfig(learning_rate=1e-6))
+
+    def __post_init__(self) -> None:
+        for key, choices in (("faithful_to", Source), ("labels", LabelSource)):
+            value, allowed = getattr(self, key), get_args(choices)
+            require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+        terms, given = get_args(Term), self.coefficients
+        if given is not None:
+            for term, value in given.items():
+                require(term in terms, "coefficients", term, f"a factor of one of {', '.join(terms)}")
+                require(math.isfinite(value) and value >= 0, f"coefficients.{term}", value, "zero or a positive number")
+            require(any(given.values()), "coefficients", given, "null, or have a factor above zero")
+        require(self.temperature > 0 and math.isfinite(self.temperature), "temperature", self.temperature, "above zero")
+        require(self.continuations >= 1, "continuations", self.continuations, "at least 1")
+        for key in ("questions", "turns"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "at least 1, or null")
+        require(
+            self.turns is None or self.turns >= 2 or "contrastive" not in self.objective().coefficients,
+            "turns",
+            self.turns,
+            "at least 2 for the contrastive term, which compares the answers to a question, or null",
+        )
+        for key in ("frozen", "whole"):
+            fit = getattr(self, key)
+            require(
+                fit is None or not fit.coefficients,
+                f"{key}.coefficients",
+                fit and fit.coefficients,
+                "empty; prm.coefficients has those of a process reward model",
+            )
+
+    def objective(self) -> PRM:
+        """What both stages minimise. Terms with the factor zero are not computed."""
+        coefficients = {"paper": PAPER, "release": RELEASE}[self.faithful_to]
+        if self.coefficients is not None:
+            coefficients = self.coefficients
+        return PRM({term: float(value) for term, value in coefficients.items() if value}, self.temperature)
+
+    def labels_fingerprint(self) -> dict[str, Any]:
+        """What of this config the labels depend on."""
+        paid = {"continuations": self.continuations} if self.labels in ("continuations", "agreed") else {}
+        soft = {"hard": self.hard} if self.labels == "continuations" else {}
+        return {"labels": self.labels, "questions": self.questions, "turns": self.turns, **paid, **soft}
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What of this config the trained model depends on, beyond its labels."""
+        fits = {"frozen": self.frozen.fingerprint(), "whole": self.whole and self.whole.fingerprint()}
+        return {"objective": asdict(self.objective()), **fits}
