@@ -33,6 +33,9 @@ FITS = ("warm_start.answer", "warm_start.revision", "fit")
 # Those of process-aware distillation, which a run needs if it has such an arm.
 PAD_FITS = ("prm.frozen", "prm.whole", "rl.fit")
 
+# What is wrong with these is told by the name that their owner gives them.
+_NAMED_BY_THEIR_OWNERS = (MeshConfig, Lora)
+
 # Keys, and groups of them, on which no result depends: a run directory takes them as they come.
 FREE = (
     "root",
@@ -269,7 +272,7 @@ def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunCon
     try:
         namespace = parser.parse_args(list(arguments))
         _check_nulls(namespace, RunConfig)
-        _check_fits(namespace)
+        _check_parts(namespace)
         values = parser.instantiate(namespace)
         return RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__}), namespace["update"]
     except UsageError as error:
@@ -286,17 +289,33 @@ def _check_nulls(namespace: Namespace, group: type, prefix: str = "") -> None:
             _check_nulls(value, wanted, f"{prefix}{name}.")
 
 
-def _check_fits(namespace: Namespace) -> None:
-    """`FitConfig` stands in several places and does not know its own; complain with the whole key."""
-    for key in (*FITS, *PAD_FITS):
-        if namespace[key] is None:
-            continue
-        try:
-            values = namespace[key].as_dict()
-            lora = None if values["lora"] is None else Lora(**values["lora"])
-            FitConfig(**{**values, "mesh": MeshConfig(**values["mesh"]), "lora": lora})
-        except UsageError as error:
-            raise UsageError(f"{key}.{error}") from error
+def _check_parts(namespace: Namespace) -> None:
+    """Configurations that stand in several places do not know their own; complain with the whole key."""
+    for key in (*FITS, "prm", "rl"):
+        _built(_part(RunConfig, key), namespace[key], key)
+
+
+def _built(part: type, values: Namespace, key: str) -> Any:
+    """The configuration of a key, of its values. Raises UsageError with the key in front of what it complains about."""
+    given = {}
+    for name in get_type_hints(part):
+        value = values[name]
+        if isinstance(value, Namespace):
+            inner = _part(part, name)
+            value = _built(inner, value, key if inner in _NAMED_BY_THEIR_OWNERS else f"{key}.{name}")
+        given[name] = value
+    try:
+        return part(**given)
+    except UsageError as error:
+        raise UsageError(f"{key}.{error}") from error
+
+
+def _part(group: type, key: str) -> type:
+    """The dataclass of a dotted key of a group."""
+    first, *rest = key.split(".")
+    hint = get_type_hints(group)[first]
+    inner = next(each for each in (hint, *get_args(hint)) if is_dataclass(each) and isinstance(each, type))
+    return _part(inner, ".".join(rest)) if rest else inner
 
 
 def _located(message: str, arguments: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from agentark_jax.evaluation.first_error_baselines import Judged, compare
 from agentark_jax.files import write_json
 from agentark_jax.generation import Generation, Model, Seat
 from agentark_jax.models.transformer import param_shapes
+from agentark_jax.objectives.prm import PRM
 from agentark_jax.progress import Bar, Display
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.records import JUDGE, SUMMARISER, Example, Question, Sampling, stable_hash
@@ -377,7 +378,7 @@ def train_prm(
     Raises as `training.job.train`, and AgentArkError for the paper's loss where no question has a right step in one
     answer and a wrong one in another: it would teach nothing.
     """
-    objective = config.objective()
+    objective = PRM(config.terms(), config.temperature)
     counts = coverage(examples)
     if objective.coefficients.keys() == {"contrastive"} and not counts["contrasted"]:
         raise AgentArkError(

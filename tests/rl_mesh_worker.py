@@ -13,7 +13,8 @@ from agentark_jax.models.heads import init_head
 from agentark_jax.records import Grade, Question, stable_hash
 from agentark_jax.training import distributed
 from agentark_jax.training.config import FitConfig, MeshConfig
-from agentark_jax.training.rewards import RewardConfig, Rollout
+from agentark_jax.training.reward_config import RewardConfig
+from agentark_jax.training.rewards import Rollout
 from agentark_jax.training.rl import Judge, learn
 from agentark_jax.training.rl_config import RLConfig
 from agentark_jax.training.rollouts import Groups, Sample

@@ -16,8 +16,8 @@ from agentark_jax.models.config import load_config
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
 from agentark_jax.objectives.base import combined
+from agentark_jax.objectives.config import PolicyLossConfig
 from agentark_jax.objectives.grpo import (
-    PolicyLossConfig,
     grpo_loss,
     grpo_loss_from_hidden,
     policy_loss,

@@ -18,11 +18,11 @@ from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import hidden_states, init_params
 from agentark_jax.objectives.advantages import returns
 from agentark_jax.objectives.base import combined
-from agentark_jax.objectives.grpo import GRPO, PolicyLossConfig, grpo_loss
+from agentark_jax.objectives.config import PolicyLossConfig, ValueLossConfig
+from agentark_jax.objectives.grpo import GRPO, grpo_loss
 from agentark_jax.objectives.ppo import (
     PPO,
     VALUE_HEAD,
-    ValueLossConfig,
     explained_variance,
     generalized_advantages,
     value_loss,

@@ -14,8 +14,8 @@ from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.heads import init_head
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
+from agentark_jax.objectives.config import RELEASE
 from agentark_jax.objectives.prm import (
-    RELEASE,
     Steps,
     contrastive,
     cross_entropy,

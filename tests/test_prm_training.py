@@ -23,7 +23,8 @@ from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.heads import HEAD_FILE, init_head, load_heads, save_heads
 from agentark_jax.models.transformer import hidden_states
 from agentark_jax.models.weights import load_params
-from agentark_jax.objectives.prm import HEAD, PRM, PROJECTOR, RELEASE, init_projector
+from agentark_jax.objectives.config import RELEASE
+from agentark_jax.objectives.prm import HEAD, PRM, PROJECTOR, init_projector
 from agentark_jax.process import train_prm
 from agentark_jax.progress import Display
 from agentark_jax.stages import Work
@@ -88,8 +89,8 @@ def test_the_first_stage_trains_the_last_layer_head_and_projector_and_nothing_el
     last = {name for name in before if ".layers.2." in name}
     assert last
     assert changed(before, after) == last, "all else is the student's, bit by bit"
-    fresh = load_beside(tiny.directory, tiny.config, RELEASED.objective(), 3)
-    found = load_beside(directory / "frozen" / "model", tiny.config, RELEASED.objective(), 99)
+    fresh = load_beside(tiny.directory, tiny.config, PRM(RELEASED.terms(), RELEASED.temperature), 3)
+    found = load_beside(directory / "frozen" / "model", tiny.config, PRM(RELEASED.terms(), RELEASED.temperature), 99)
     for path, leaf in flatten_dict(fresh, sep=".").items():
         assert np.any(np.asarray(leaf) != flatten_dict(found, sep=".")[path]), path
     layer = sum(before[name].size for name in last)
@@ -112,7 +113,7 @@ def test_the_second_stage_starts_from_the_first_and_trains_everything(released):
 def test_head_and_projector_are_carried_over_exactly(tiny, examples, released, tmp_path):
     """A second stage of no consequence leaves what it was given."""
     directory, _, _ = released
-    objective = RELEASED.objective()
+    objective = PRM(RELEASED.terms(), RELEASED.temperature)
     given = load_beside(directory / "frozen" / "model", tiny.config, objective, seed=12345)
     still = replace(RELEASED, whole=replace(FIT, learning_rate=1e-30, steps=1, weight_decay=0.0))
     place, _ = trained(tmp_path, tiny, examples, still)
@@ -317,13 +318,13 @@ def test_bad_config(values, message):
 
 
 def test_whose_loss():
-    assert PRMConfig().objective() == PRM({"contrastive": 1.0}, 0.1)
-    assert PRMConfig(faithful_to="release").objective().coefficients == {
+    assert PRMConfig().terms() == {"contrastive": 1.0}
+    assert PRMConfig(faithful_to="release").terms() == {
         "cross_entropy": 1.0,
         "supervised_contrastive": 0.5,
     }
     own = PRMConfig(faithful_to="release", coefficients={"cross_entropy": 2.0, "contrastive": 0.0}, turns=1)
-    assert own.objective().coefficients == {"cross_entropy": 2.0}
+    assert own.terms() == {"cross_entropy": 2.0}
     assert PRMConfig().fingerprint() != own.fingerprint()
     assert PRMConfig().labels_fingerprint() == PRMConfig(continuations=9, hard=True).labels_fingerprint()
     paid = PRMConfig(labels="continuations")

@@ -101,6 +101,25 @@ def changed(good: Path, directory: Path, **change: Any) -> Path:
             "select.variant or one of arms is dialogue, but debate.rounds is 1",
         ),
         (["--arms", "[dialogue]", "--debate.rounds", "1"], "one of arms is dialogue, but debate.rounds is 1"),
+        (["--arms", "[pad]", "--rl.group_size", "1"], "rl.group_size: 1 is not possible; it must be at least 2"),
+        (["--arms", "[vr]", "--rl.fit.row_length", "32"], "rl.fit.row_length is 32, but an example can take"),
+        (["--arms", "[pad]", "--prm.whole.row_length", "32"], "prm.whole.row_length is 32, but an example can take"),
+        (["--arms", "[pad]", "--prm.frozen.rows", "0"], "prm.frozen.rows: 0 is not possible"),
+        (["--arms", "[pad]", "--prm.temperature", "0"], "prm.temperature: 0.0 is not possible"),
+        (
+            ["--arms", "[vr]", "--rl.fit.mesh.data", "3"],
+            "rl.fit.mesh: data 3 × fsdp -1 × tensor 1 does not make up the",
+        ),
+        (["--arms", "[vr]", "--rl.alarms.patience", "0"], "rl.alarms.patience: 0 is not possible"),
+        (
+            ["--arms", "[vr]", "--rl.rewards.coefficients", '{"verifable": 1.0}'],
+            "rl.rewards.coefficients.verifable: there is no such reward; did you mean verifiable?",
+        ),
+        (
+            ["--arms", "[vr]", "--rl.rewards.coefficients", '{"no_such_module:f": 1.0}'],
+            "rl.rewards.coefficients.no_such_module:f: no_such_module cannot be imported",
+        ),
+        (["--arms", "[vr, padd]"], "arms: there is no 'padd'. Did you mean pad"),
         (["--select.variant", "summary"], "one of arms is summary, but debate.aggregation is majority: set that to"),
     ],
 )

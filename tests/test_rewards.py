@@ -11,7 +11,8 @@ import pytest
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.objectives.advantages import minimum_form
 from agentark_jax.records import Grade, Question
-from agentark_jax.training.rewards import Aggregate, RewardConfig, Rollout, reward_function, rewards
+from agentark_jax.training.reward_config import Aggregate, RewardConfig
+from agentark_jax.training.rewards import Rollout, reward_function, rewards
 
 QUESTION = Question("q7", "sums", "debate", "3 + 4?", "7")
 MAX_TOKENS = 20

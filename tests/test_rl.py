@@ -16,7 +16,7 @@ from agentark_jax.models.transformer import init_params
 from agentark_jax.objectives.ppo import VALUE_HEAD
 from agentark_jax.training.alarms import AlarmConfig
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.rewards import RewardConfig
+from agentark_jax.training.reward_config import RewardConfig
 from agentark_jax.training.rl import Judge, learn
 from agentark_jax.training.rl_config import RLConfig, verifiable_only
 

@@ -7,7 +7,6 @@ A batch is that of `objectives.grpo` and further arrays [B, T] which, as all oth
 `ids[t]`: `returns`, what the values learn, and `old_values`, at the beginning of this rollout's updates.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,30 +22,12 @@ from agentark_jax.models.heads import values
 from agentark_jax.models.transformer import hidden_states, unembedding
 from agentark_jax.objectives.base import Metrics
 from agentark_jax.objectives.chunked import CHUNK_BYTES
-from agentark_jax.objectives.grpo import PolicyLossConfig, grpo_loss_from_hidden, policy_totals, sampled_tokens
+from agentark_jax.objectives.config import PolicyLossConfig, ValueLossConfig
+from agentark_jax.objectives.grpo import grpo_loss_from_hidden, policy_totals, sampled_tokens
 from agentark_jax.objectives.sft import Batch, share
 
 # What stands beside a model's parameters while its policy is trained by PPO.
 VALUE_HEAD = "value_head"
-
-
-@dataclass(frozen=True)
-class ValueLossConfig:
-    """How values are learned. Invalid values raise UsageError.
-
-    Args:
-        coefficient: factor of the value loss beside the policy's; 0 trains no values.
-        clip: a value gains nothing from being further than this from its old one (PPO2); null for no such bound.
-            Rewards are of the order of 1.
-    """
-
-    coefficient: float = 0.5
-    clip: float | None = 0.2
-
-    def __post_init__(self) -> None:
-        factor, clip = self.coefficient, self.clip
-        require(factor >= 0 and math.isfinite(factor), "coefficient", factor, "zero or a positive number")
-        require(clip is None or clip > 0, "clip", clip, "a positive number, or null")
 
 
 @dataclass(frozen=True)

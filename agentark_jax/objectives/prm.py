@@ -7,7 +7,7 @@ whose projector is trained here as any other parameter is (there, no optimizer h
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,10 @@ from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.heads import Head, step_logits
 from agentark_jax.models.transformer import hidden_states
+from agentark_jax.objectives.config import Term
 from agentark_jax.objectives.sft import share
 
-Term = Literal["cross_entropy", "contrastive", "supervised_contrastive"]
 Projector = dict[str, dict[str, Array]]
-
-RELEASE: Mapping[Term, float] = {"cross_entropy": 1.0, "supervised_contrastive": 0.5}
 
 
 # What stands beside a model's parameters while its process reward model is trained.

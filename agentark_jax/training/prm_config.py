@@ -1,18 +1,15 @@
 """How a process reward model is made: where the labels of steps come from, and the two fits that learn them."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import require
-from agentark_jax.objectives.prm import PRM, RELEASE, Term
+from agentark_jax.objectives.config import PAPER, RELEASE, Term
 from agentark_jax.training.config import FitConfig
 
 LabelSource = Literal["consensus", "debate", "continuations", "judge", "agreed"]
 Source = Literal["paper", "release"]
-
-PAPER: Mapping[Term, float] = {"contrastive": 1.0}
 
 # Those whose labels take further calls of a model.
 PAID: tuple[LabelSource, ...] = ("continuations", "judge", "agreed")
@@ -72,7 +69,7 @@ class PRMConfig:
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "at least 1, or null")
         require(
-            self.turns is None or self.turns >= 2 or "contrastive" not in self.objective().coefficients,
+            self.turns is None or self.turns >= 2 or "contrastive" not in self.terms(),
             "turns",
             self.turns,
             "at least 2 for the contrastive term, which compares the answers to a question, or null",
@@ -86,12 +83,12 @@ class PRMConfig:
                 "empty; prm.coefficients has those of a process reward model",
             )
 
-    def objective(self) -> PRM:
-        """What both stages minimise. Terms with the factor zero are not computed."""
+    def terms(self) -> dict[Term, float]:
+        """The terms of what both stages minimise, with their factors; those with the factor zero are left out."""
         coefficients = {"paper": PAPER, "release": RELEASE}[self.faithful_to]
         if self.coefficients is not None:
             coefficients = self.coefficients
-        return PRM({term: float(value) for term, value in coefficients.items() if value}, self.temperature)
+        return {term: float(value) for term, value in coefficients.items() if value}
 
     def labels_fingerprint(self) -> dict[str, Any]:
         """What of this config the labels depend on."""
@@ -102,4 +99,4 @@ class PRMConfig:
     def fingerprint(self) -> dict[str, Any]:
         """What of this config the trained model depends on, beyond its labels."""
         fits = {"frozen": self.frozen.fingerprint(), "whole": self.whole and self.whole.fingerprint()}
-        return {"objective": asdict(self.objective()), **fits}
+        return {"objective": {"coefficients": self.terms(), "temperature": self.temperature}, **fits}

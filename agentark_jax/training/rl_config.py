@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from agentark_jax.errors import require
-from agentark_jax.objectives.grpo import Aggregation, PolicyLossConfig, Ratio
-from agentark_jax.objectives.ppo import ValueLossConfig
+from agentark_jax.objectives.config import Aggregation, PolicyLossConfig, Ratio, ValueLossConfig
 from agentark_jax.training.alarms import AlarmConfig
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.rewards import RewardConfig
+from agentark_jax.training.reward_config import RewardConfig
 
 Advantage = Literal["zscore", "mean", "leave_one_out", "pure", "papo", "gae"]
 FaithfulTo = Literal["paper", "release"]
@@ -62,7 +61,7 @@ class RLConfig:
         whiten: bring an iteration's advantages to mean 0 and variance 1 over all tokens.
         dynamic_sampling: at most so many further batches of questions replace groups in which all earn the same (DAPO).
         mask_truncated: rollouts that were cut off at their limit, which are never right, teach nothing either.
-        aggregation, ratio, clip_low, clip_high, rollout_cap: see `objectives.grpo.PolicyLossConfig`.
+        aggregation, ratio, clip_low, clip_high, rollout_cap: see `objectives.config.PolicyLossConfig`.
         kl_loss: factor of the KL divergence to the starting policy in the loss (k3).
         kl_reward: factor of the log-ratio to the starting policy that token rewards are less (k1).
         gae_lambda: λ of generalised advantage estimation, with advantage gae.
