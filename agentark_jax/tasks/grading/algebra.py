@@ -1,10 +1,11 @@
 """Compares pairs of LaTeX answers with math-verify, a line of JSON each; run by `workers` as a process of its own.
 
-Formulas that models wrote can keep a computer algebra system busy for ever, or ask for all memory there is. So an alarm
-that nobody catches ends this process, as does the end of its input, and memory beyond a limit is refused.
+Formulas that models wrote can keep a computer algebra system busy for ever, or ask for all memory there is. So pairs
+are compared in a child of this process, which an alarm that nobody catches ends; memory beyond a limit is refused. The
+next child is a fork of this process, which has loaded all that is needed, and is there at once.
 
 In: [gold, answer, seconds]. Out: {"equal": bool, "answer": one spelling of the answer's value, or null where it is none
-that can be calculated with}, or {"problem": str}.
+that can be calculated with}, {"problem": str}, or {"killed": true} where the alarm rang.
 """
 
 import json
@@ -57,13 +58,29 @@ def spelling(value: Any) -> str:
 
 def main() -> None:
     # Parsers print; the answers go where nothing else does.
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.dup(1)
     os.dup2(2, 1)
     logging.disable(logging.CRITICAL)
     compare("1", "x+1")  # loads what is loaded late
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    print("ready", file=answers, flush=True)
+    parent = os.getpid()
+    try:
+        os.write(answers, b"ready\n")
+        while (child := os.fork()) != 0:
+            _, status = os.waitpid(child, 0)
+            if os.WIFEXITED(status):
+                return
+            os.write(answers, b'{"killed": true}\n')
+        serve(parent, answers)
+    except BrokenPipeError:
+        return  # nobody asks any more
+
+
+def serve(parent: int, answers: int) -> None:
+    """Compares until the input ends, or the parent has."""
     for line in sys.stdin:
+        if os.getppid() != parent:
+            return
         gold, answer, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
@@ -71,7 +88,7 @@ def main() -> None:
         except Exception as error:  # whatever a parser or sympy makes of hostile input is a verdict, not our failure
             reply = {"problem": f"{type(error).__name__}: {error}"[:200]}
         signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=answers, flush=True)
+        os.write(answers, json.dumps(reply).encode() + b"\n")
 
 
 if __name__ == "__main__":

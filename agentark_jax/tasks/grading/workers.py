@@ -1,10 +1,12 @@
-"""Processes that compare formulas, and end when one takes too long; replaced when the next one is needed."""
+"""Processes that compare formulas, each in a child that ends when one takes too long."""
 
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any
@@ -45,8 +47,10 @@ class Workers:
             if reply:
                 self._idle.append(worker)
                 comparison: dict[str, Any] = json.loads(reply)
-                return comparison
-            _end(worker)
+                if "killed" not in comparison:
+                    return comparison
+            else:
+                _end(worker)
             return {"problem": f"not decided within {self.seconds:g} s"}
 
     def close(self) -> None:
@@ -78,7 +82,9 @@ def _start() -> subprocess.Popen[str]:
 def _end(worker: subprocess.Popen[str]) -> None:
     assert worker.stdin is not None
     assert worker.stdout is not None
-    worker.kill()
+    # Its child is of its session.
+    with suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     worker.stdout.close()
     try:
