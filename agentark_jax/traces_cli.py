@@ -112,7 +112,7 @@ no right answer and judges all turns. What it says is kept at once; the same com
 
   agentark traces label runs/quickstart --grader numeric --judge Qwen/Qwen3-0.6B
   agentark traces label runs/quickstart --grader numeric --judge DIR --servers http://127.0.0.1:30000
-  agentark traces select runs/quickstart --grader numeric-1+judge --out selected
+  agentark traces select runs/quickstart --grader numeric-2+judge --out selected
   agentark traces label runs/quickstart --grader numeric --judge DIR --blind
   agentark traces select runs/quickstart --grader verifier --out selected-blind
 """

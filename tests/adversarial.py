@@ -83,6 +83,9 @@ STRAY = [
     "\\boxed{7}8",
     "\\boxed{7}k",
     "\\boxed{7} million",
+    "\\boxed{7} quadrillion",
+    "\\boxed{7}. Nope, 8",
+    "\\boxed{7}. Hold on: 8",
     "\\boxed{7}\\text{ thousand}",
     "\\boxed{7} and \\boxed{8}",
     "\\boxed{7} to 9",
@@ -207,6 +210,18 @@ _FALSE_FORMULAS = [
     ("1{,}234", "234"),
     ("1,\\!234", "234"),
     ("12\\,345", "345"),
+    ("\\{1,2\\}", "(1,2)"),
+    ("(1,2)", "\\{1,2\\}"),
+    ("\\{1,2\\}", "[1,2]"),
+    ("5\\text{ cm}^2", "5\\text{ cm}^3"),
+    ("5\\text{ cm}", "5\\text{ cm}^2"),
+    ("5\\text{ square cm}", "5\\text{ cm}^3"),
+    ("\\angle ABC", "\\angle ACB"),
+    ("\\triangle ABC", "\\triangle BCA"),
+    ("\\overline{AB}", "\\overline{AC}"),
+    ("5 kg", "5 g"),
+    ("7\\text{ quadrillion}", "7"),
+    ("7\\text{ halved}", "7"),
 ]
 
 SYMBOLIC = [
@@ -274,6 +289,9 @@ CHOICE = [
         "The answer is",
         "The answer is: ",
         "Be that as it may.",
+        "A: the cat",
+        "**A:** the cat",
+        "A: I think the cat",
     ]
 ]  # fmt: skip
 
@@ -290,6 +308,10 @@ _NOT_HALF = "125|1.25|-12.5|12|12.50|12 5|12-5"
 _ANSWERS = "answerable|no|It can be answered|unknown soldier|Paris"
 PROSE = (
     "Yes, the team agreed to use 2 buttons and a wheel, since the remote control must not cost more than 12.5 euros."
+)
+_PUNCTUATED = (
+    "34=3/4|3/4=34|3:4=34|106=10^6|10^6=106|1030=10:30|10:30=1030|23=2-3|2–3=23|44=4+4|24=2*4|125=1,25|1.25=1,25|411=4'11"
+    "|5=5%|$5=5%|<5=5|~5=5|C=C++|C#=C|C++=C#"
 )
 _NOT_PROSE = [
     PROSE.replace("2", "3"),
@@ -317,5 +339,6 @@ SHORT = [
     *[(text, ("unanswerable",)) for text in _ANSWERS.split("|")],
     *[(text, ("No, unicorns are fictional",)) for text in _NOT_FICTION.split("|")],
     *[(text, ("12.5",)) for text in _NOT_HALF.split("|")],
+    *[(said, (gold,)) for said, _, gold in (pair.partition("=") for pair in _PUNCTUATED.split("|"))],
     *[(text, golds) for text in _NOT_PROSE for golds in [(PROSE,), ("no", PROSE)]],
 ]

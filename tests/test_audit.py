@@ -52,12 +52,12 @@ def test_audit_counts_what_graders_and_labels_make_of_texts(capsys, tmp_path, op
     )
     assert code == 0
     numeric, symbolic, compared = cells(out)
-    assert numeric[:4] == ["numeric-1", "2", "1", "2"]
+    assert numeric[:4] == ["numeric-2", "2", "1", "2"]
     assert numeric[4].startswith("1/3 = 33.33%")
     assert numeric[5].startswith("1/2 = 50.00%")
-    assert symbolic[0] == "symbolic-1"
+    assert symbolic[0] == "symbolic-2"
     assert compared[2:7] == ["3", "2", "0", "0", "1"]
-    assert "numeric-1: unparseable no answer phrase; labelled right; gold 7" in out
+    assert "numeric-2: unparseable no answer phrase; labelled right; gold 7" in out
     assert "more disagreements" in out
     assert "\x1b[2J" not in out
 
@@ -100,7 +100,7 @@ def test_audit_refuses_what_cannot_be_meant(capsys, tmp_path):
     with TraceStore(tmp_path / "traces.sqlite") as store:
         store.put_question(QUESTION)
         store.record_many(TURNS)
-        store.put_labels([Label(TURNS[0].key, "numeric-1", "right", "7")])
+        store.put_labels([Label(TURNS[0].key, "numeric-2", "right", "7")])
     assert run(capsys, "audit", tmp_path)[0] == 2
     assert run(capsys, "audit", tmp_path, "--grader", "numeric")[0] == 2
 

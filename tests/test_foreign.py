@@ -61,7 +61,7 @@ def test_a_debate_is_imported_once_as_text(tmp_path, tokenizer, capsys):
     assert [set(turn.call.parents) for turn in later] == [set(first.values())] * 2
     assert run("label", out, "--grader", "numeric") == 0
     (row,) = cells(capsys.readouterr().out)
-    assert row == ["numeric-1", "7", "4", "2", "1"]
+    assert row == ["numeric-2", "7", "4", "2", "1"]
     assert run("select", out, "--grader", "numeric", "--out", tmp_path / "chosen", "--per-question", 3) == 0
     manifest = json.loads((tmp_path / "chosen" / "manifest.json").read_text())["variants"]
     assert list(manifest) == [variant for variant in get_args(Variant) if variant != "summary"], "nobody summarised"

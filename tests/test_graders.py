@@ -30,7 +30,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 def ask(answer, **meta):
-    return Question.make("test", "held_out", "?", answer, **meta)
+    return Question.make("test", "held_out", "How many red apples are there?", answer, **meta)
 
 
 def rows(name):
@@ -216,7 +216,7 @@ def test_a_worker_that_dies_is_replaced_and_none_is_left():
     workers = Workers(seconds=2.0)
     assert workers.compare("x", "y")["equal"] is False
     (worker,) = workers._idle
-    os.kill(worker.pid, signal.SIGKILL)
+    os.killpg(worker.pid, signal.SIGKILL)
     assert "problem" in workers.compare("x", "z")
     assert workers.compare("x+1", "1+x")["equal"] is True
     (second,) = workers._idle
@@ -252,6 +252,19 @@ def test_a_worker_stops_itself_even_when_nobody_waits_for_it():
         time.sleep(0.05)
     else:
         pytest.fail("the worker is still there")
+
+
+def test_the_next_formula_does_not_wait_for_a_new_process():
+    workers = Workers(seconds=0.5)
+    workers.compare("x", "y")
+    (worker,) = workers._idle
+    start = time.process_time()
+    for power in range(3):
+        assert workers.compare("x", f"9^{{9^{{9^{{9+{power}}}}}}}")["problem"] == "not decided within 0.5 s"
+    assert workers.compare("x+1", "1+x")["equal"] is True
+    assert workers._idle == [worker], "it was never started again"
+    assert time.process_time() - start < 1
+    workers.close()
 
 
 def test_threads_and_event_loops_may_grade_at_once():
@@ -307,6 +320,15 @@ def test_choice_reads_letters_and_words(text):
     assert (grade.verdict, grade.answer) == ("right", "B")
 
 
+def test_choice_takes_no_letter_from_a_text_that_states_a_thousand():
+    question = ask("B", choices=CHOICES)
+    assert grader("choice")(question, "Answer: B\n" * 1000).verdict == "right"
+    for piece in ("Answer: B\n", "\\boxed{B} ", "#### B\n"):
+        text = piece * (1_000_000 // len(piece))
+        assert grader("choice")(question, text).verdict == "unparseable"
+        assert seconds(lambda text=text: grader("choice")(question, text)) < 2
+
+
 def test_choice_needs_choices_and_a_letter_among_them():
     for question in (ask("B"), ask("B", choices=1), ask("E", choices=CHOICES), ask("the cat", choices=CHOICES)):
         with pytest.raises(AgentArkError, match="choices"):
@@ -328,6 +350,10 @@ def test_choice_needs_choices_and_a_letter_among_them():
         ("The answer is no", ("yes",), "wrong", "no"),
         ("It cannot be answered.", ("unanswerable",), "right", "unanswerable"),
         ("Unanswerable", ("unanswerable",), "right", "unanswerable"),
+        ("1998-99", ("1998-99",), "right", "1998‐99"),
+        ("12 percent", ("12%",), "right", "12 percent"),
+        ("1,000 people", ("1000 people",), "right", "1000 people"),
+        ("C++", ("c++",), "right", "c⊕⊕"),
         ("The answer is −1.5 °C.", ("-1.5°C",), "wrong", "−1·5 °c"),
         ("The answer is -1.5.", ("−1.5",), "right", "−1·5"),
         ("The answer is", ("x",), "unparseable", ""),
@@ -437,6 +463,9 @@ MEGABYTE_PIECES = [
     "because ",
     "$ ",
     "= ",
+    "1-",
+    "1 /",
+    "C++ ",
 ]
 
 

@@ -65,6 +65,8 @@ RIGHT = [
     ("The answer is 1e5.", "1E5"),
 ]
 
+ASKED = "How many red apples are there?"
+
 # What "The answer is ….", with gold 7, may not be followed by; separated by "|".
 NOT_SEVEN = [
     r"""8|-7|77|0.7|7.5|70|700|7,000|07.1|7/2|1/7|7/0|0/7|7 or 8|7 and 8|7, 8|7 8|7-8|7 - 8|7 to 8|7–8|7:30|7;8""",
@@ -79,7 +81,9 @@ NOT_SEVEN = [
     r"""7 (no, 8)|7 [8]|7 ->8|7→8|7, I think, or 8|7. Or 8|7. No, 8|7\n8|7.\n8|7\nor 8|7. Wait|7 wait""",
     r"""__import__("os")|7;import os|int("7")|7 if True else 8|lambda: 7|7j|7L|7f|7n|7a|a7|N/A|?||. 8|unknown""",
     r"""none|7 dollars and 50 cents|7.5 dollars|7 per cent of 50|7 out of ten|7 apples left over|7 of 9|7th|7s""",
-    r"""7-ish|7ish""",
+    r"""7-ish|7ish|7 ish|7 quadrillion|7 gazillion|7 myriad|7 sixteenths|7 millionths|7 twentieths|7 doubled""",
+    r"""7 halved|7 fold|7 teen|7 pairs|7 kilo|7 pi|7 sqrt|7 root|7 log|7 short|7 extra|7 missing|7 nope|7 sorry""",
+    r"""7 hmm|7 bad|7 excluding|7 guessing|7 pears|7 apples doubled|7 sour apples|7 dollars short""",
 ]
 
 # (text, gold): none of these may be called right.
@@ -179,14 +183,30 @@ TRAPS = [
 
 @pytest.mark.parametrize(("text", "gold"), RIGHT)
 def test_reads_what_it_should(text, gold):
-    assert grade_final_answer(text, gold).verdict == "right"
+    assert grade_final_answer(text, gold, ASKED).verdict == "right"
 
 
 def test_never_calls_a_trap_right():
     assert len(TRAPS) >= 250
-    graded = [(text, gold, grade_final_answer(text, gold)) for text, gold in TRAPS]
+    graded = [(text, gold, grade_final_answer(text, gold, ASKED)) for text, gold in TRAPS]
     assert [item for item in graded if item[2].verdict == "right"] == []
     assert all(grade.answer == "" and grade.detail for *_, grade in graded if grade.verdict == "unparseable")
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "gold"),
+    [
+        ("7 berries", "Which berry, and how many?", "7"),
+        ("1 box", "How many boxes?", "1"),
+        ("7 sour pears", "How many pears?", "7 sour pears"),
+        ("7 hours", "How long?", "7"),
+        ("7 square inches", "How large?", "7 sq inch"),
+    ],
+)
+def test_units_are_common_ones_or_those_of_the_question(said, asked, gold):
+    assert grade_final_answer(f"The answer is {said}.", gold, asked).verdict == "right"
+    unknown = said.replace(said.split()[-1], "quadrillions")
+    assert grade_final_answer(f"The answer is {unknown}.", gold, asked).verdict == "unparseable"
 
 
 @pytest.mark.parametrize(
@@ -202,7 +222,7 @@ def test_never_calls_a_trap_right():
     ],
 )
 def test_verdicts_and_canonical_answers(text, gold, verdict, answer):
-    grade = grade_final_answer(text, gold)
+    grade = grade_final_answer(text, gold, ASKED)
     assert (grade.verdict, grade.answer) == (verdict, answer)
 
 
@@ -216,7 +236,7 @@ def test_right_exactly_when_the_fractions_are_equal(said, gold):
 @settings(max_examples=200, deadline=None)
 def test_every_spelling_of_an_integer(value):
     for spelling in (str(value), f"{value:,}", f"{value}.0", f"{value}/1", f"${value}", f"{value} apples"):
-        grade = grade_final_answer(f"So it goes. The answer is {spelling}.", str(value))
+        grade = grade_final_answer(f"So it goes. The answer is {spelling}.", str(value), ASKED)
         assert (grade.verdict, grade.answer) == ("right", str(value))
 
 

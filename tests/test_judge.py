@@ -176,10 +176,10 @@ def test_fallback_only_where_the_rule_cannot_read(form, tmp_path, capsys):
         judge = Judge(ScriptedEngine(form, truthful, model="judge-model"), form)
         labels.label_store(store, grader("numeric"), grader("numeric").id)
         asyncio.run(judge_store(store, judge, [turn.key for turn in TURNS[:5]]))
-        rules, said_so = store.labels("numeric-1"), store.labels(judge.id)
+        rules, said_so = store.labels("numeric-2"), store.labels(judge.id)
         both = with_fallback(rules, said_so, judge.id)
         store.put_labels(both)
-        assert store.graders() == sorted(["numeric-1", judge.id, f"numeric-1+{judge.id}"])
+        assert store.graders() == sorted(["numeric-2", judge.id, f"numeric-2+{judge.id}"])
     by_key = {label.key: (label.verdict, label.answer) for label in both}
     wanted = [("right", "7"), ("wrong", "8"), ("right", ""), ("wrong", ""), ("unparseable", "")]
     assert [by_key[turn.key] for turn in TURNS[:5]] == wanted
@@ -249,7 +249,7 @@ def test_a_model_judges_what_the_rule_cannot_read(debates, model, asked, tmp_pat
     assert (code, len(asked)) == (0, 4)
     found = stored(debates)
     rule, judge, both = sorted(found, key=lambda name: ("+" in name, name.startswith("judge")))
-    assert (rule, both) == ("numeric-1", f"{rule}+{judge}")
+    assert (rule, both) == ("numeric-2", f"{rule}+{judge}")
     assert judge.startswith("judge-2:model:"), "no path of this machine"
     (unread,) = [key for key, label in found[rule].items() if label.verdict == "unparseable"]
     assert unread in found[judge]
@@ -272,10 +272,10 @@ def test_a_model_judges_what_the_rule_cannot_read(debates, model, asked, tmp_pat
 
     out = tmp_path / "chosen"
     assert (
-        run(capsys, "select", debates, "--grader", "numeric-1+judge", "--variant", "all_correct", "--out", out)[0] == 0
+        run(capsys, "select", debates, "--grader", "numeric-2+judge", "--variant", "all_correct", "--out", out)[0] == 0
     )
     assert json.loads((out / "manifest.json").read_text())["grader"] == both
-    for name, complaint in (("numeric-1+x", "0 graders"), ("", "3 graders")):
+    for name, complaint in (("numeric-2+x", "0 graders"), ("", "3 graders")):
         code, _, err = run(capsys, "select", debates, "--grader", name, "--out", out)
         assert code == 2
         assert complaint in " ".join(err.split())
@@ -287,7 +287,7 @@ def test_a_judge_without_room_leaves_the_turn_as_it_is(debates, model, capsys):
     assert "7 turns do not fit" in out
     found = stored(debates)
     (both,) = [name for name in found if "+" in name]
-    assert [label.verdict for label in found[both].values()] == [each.verdict for each in found["numeric-1"].values()]
+    assert [label.verdict for label in found[both].values()] == [each.verdict for each in found["numeric-2"].values()]
 
 
 def scripted(monkeypatch, script, **options):

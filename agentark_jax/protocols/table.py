@@ -36,7 +36,7 @@ _LEFT_OUT = "[...]"
 
 def read_answer(question: Question, text: str) -> str:
     """The final answer of a text, in one spelling per value; empty where none can be read. No verdict enters here."""
-    return grade_final_answer(text, question.answer).answer
+    return grade_final_answer(text, question.answer, question.prompt).answer
 
 
 @dataclass(frozen=True)

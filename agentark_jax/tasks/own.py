@@ -48,7 +48,7 @@ def parse_own(row: Row, fields: FieldsConfig, grader: str) -> Item:
         gold, way = _gold(row, fields.answer, grader)
     if fields.rationale != FieldsConfig.rationale or find(row, fields.rationale) is not None:
         way = _text(row, fields.rationale)
-    rationale = _checked(way, gold, row.where) if grader == "numeric" else answered(way, gold)
+    rationale = _checked(way, gold, question, row.where) if grader == "numeric" else answered(way, gold)
     # What stands in one context is asked of it: the same words about another are another question.
     return Item(question, gold, rationale, choices, (gold,) * (grader == "short"), context, context, row.line)
 
@@ -145,9 +145,9 @@ def _gold(row: Row, path: str, grader: str) -> tuple[str, str]:
     return gold, way
 
 
-def _checked(rationale: str, gold: str, where: str) -> str:
+def _checked(rationale: str, gold: str, question: str, where: str) -> str:
     """The rationale with the answer as its last sentence, unless it ends so already."""
-    grade = grade_final_answer(rationale, gold)
+    grade = grade_final_answer(rationale, gold, question)
     if grade.verdict == "wrong":
         raise UsageError(f'{where}: the rationale ends with {grade.answer!r}, but "answer" is {gold!r}; correct one.')
     ends_so = grade.verdict == "right" and rationale.endswith(f"{ANSWER_PHRASE} {gold}.")

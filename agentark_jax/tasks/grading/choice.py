@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.records import Grade, Question
@@ -16,6 +17,8 @@ from agentark_jax.tasks.grading.reading import (
 )
 
 LETTERS = "ABCDEFGHIJ"
+# A text that states more answers gives none.
+MOST_STATED = 1000
 
 _MARKUP = " \t\n:.$*_\\()[]{}"
 _KIND = r"(?:answer|option|choice)"
@@ -48,7 +51,7 @@ class Choice:
     is an article.
     """
 
-    id = "choice-2"
+    id = "choice-3"
     instruction = f'End with "{ANSWER_PHRASE} (X)", X the letter of your choice, and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
@@ -82,10 +85,11 @@ def _stated(text: str, choices: Sequence[str]) -> list[str]:
     A line that begins with "####" and a word that is no choice is a heading. So is "### Answer" over words that name no
     choice, where another statement follows.
     """
-    places = [
-        (match.start(), match.end(), "") for match in _ANNOUNCED.finditer(text) if _announces(match, text, choices)
-    ]
-    for box in _BOX.finditer(text):
+    announced, boxes = (list(islice(each.finditer(text), MOST_STATED + 1)) for each in (_ANNOUNCED, _BOX))
+    if len(announced) + len(boxes) > MOST_STATED:
+        return []
+    places = [(match.start(), match.end(), "") for match in announced if _announces(match, text, choices)]
+    for box in boxes:
         doubted = STRICT.doubt.search(sentence_before(text, box.start()).replace(BOXED, ""))
         # A letter in lower case is one in a box, as in parentheses.
         places.append((box.start(), box.end(), "?" if doubted else re.sub(r"\A([a-z])\Z", r"(\1)", box[1].strip())))
@@ -114,6 +118,9 @@ def _announces(match: re.Match[str], text: str, choices: Sequence[str]) -> bool:
         end = text.find("\n", match.end())
         line = text[match.end() : end if end >= 0 else len(text)][:MAX_ANSWER_LENGTH].strip(" \t*_")
         return _LETTER.match(line) is not None or _WORD.match(line) is None or _letter(line, choices) is not None
+    if match.group().strip(" \t*#") == "A:" and _LETTER.match(text[match.end() :][:40].strip(" \t*_")) is None:
+        # Before the words of a choice "A:" may be that choice's letter.
+        return False
     return match.group()[-1] == ":" or starts_a_sentence(text[max(0, match.start() - 200) : match.start()])
 
 

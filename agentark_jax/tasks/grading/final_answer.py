@@ -5,8 +5,8 @@ Numbers compare exactly as fractions; nothing is evaluated, and the work is line
 
 import re
 import unicodedata
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from agentark_jax.records import Grade, Question
@@ -44,6 +44,15 @@ _NOT_UNIT_WORDS = """
     whichever with without wrong zero
 """
 NOT_UNITS = frozenset(_NOT_UNIT_WORDS.split())
+# Units that a question need not name; any other must stand in it or in the gold answer. "5 quadrillion" is not 5.
+_COMMON_UNITS = """
+    altogether animal cent centimeter centimetre child children cm cu cubic cup day decade degree dollar euro feet foot
+    ft gallon gram h hour hr inch inches item kg kilogram kilometer kilometre km kph lb left liter litre man men meter
+    metre mg mi mile minute min ml mm month mph old ounce oz people percent percentage person piece pint pound quart
+    remain remaining rupee s second sec square sq student thing together ton total unit usd way week woman women yard yd
+    year yr
+"""
+_POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 # How LaTeX writes what a plain number may have: \text around units, spaces, thousands separators, degrees.
 _TEXT = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox) ?\{([A-Za-z /.$%]{0,40})\}")
 _SEPARATOR = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!|\\[,;!])(?=[0-9]{3}(?![0-9]))")
@@ -58,10 +67,15 @@ _RATE = re.compile(r"(?:(?<=[A-Za-z])/|(?<=[A-Za-z0-9$€£]) per )([A-Za-z]{1,2
 
 @dataclass(frozen=True)
 class Number:
-    """An exact number; `units` are the words named after it, and agree where any of them does."""
+    """An exact number.
+
+    `units` are what is named after it, in one spelling each, and agree where any of them does; `words` are all words
+    that stand there.
+    """
 
     value: Fraction
     units: frozenset[str]
+    words: frozenset[str] = frozenset()
 
     def judge(self, gold: "Number") -> Grade:
         """Right where the values are equal and no two units are named."""
@@ -72,36 +86,37 @@ class Number:
         return Grade("right", str(self.value))
 
 
-def grade_final_answer(text: str, gold: str) -> Grade:
-    """Judges the final answer of `text` against `gold`, as `FinalAnswer` does."""
-    return _grade(STRICT, plain_number, text, gold)
+def grade_final_answer(text: str, gold: str, asked: str = "") -> Grade:
+    """Judges the final answer of `text` to the question `asked` against `gold`, as `FinalAnswer` does."""
+    return _grade(STRICT, plain_number, text, gold, asked)
 
 
 class FinalAnswer:
     """One plain number with at most a currency, a per cent sign or a unit, or else the words of the gold answer.
 
-    A numeric gold is compared as an exact fraction, a unit only where both sides name one. Any other gold is compared
-    as normalised text (Unicode compatibility form, case, white space, closing period).
+    A numeric gold is compared as an exact fraction, a unit only where both sides name one. A word is a unit where it is
+    a common one or the question or the gold answer has it. Any other gold is compared as normalised text (Unicode
+    compatibility form, case, white space, closing period).
     """
 
-    id = "final-answer-2"
+    id = "final-answer-3"
     instruction = f'End with "{ANSWER_PHRASE} ..." and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
-        return grade_final_answer(text, question.answer)
+        return grade_final_answer(text, question.answer, question.prompt)
 
 
 class Numeric:
     """As `FinalAnswer`, with numbers in LaTeX, mixed numbers and rates, and answers after "Answer:" or "A:" too."""
 
-    id = "numeric-1"
+    id = "numeric-2"
     instruction = f'End with "{ANSWER_PHRASE} ...", the number alone, and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
-        return _grade(HEADED, number, text, question.answer)
+        return _grade(HEADED, number, text, question.answer, question.prompt)
 
 
-def _grade(reader: Reader, parse: Callable[[str], Number | None], text: str, gold: str) -> Grade:
+def _grade(reader: Reader, parse: Callable[[str], Number | None], text: str, gold: str, asked: str) -> Grade:
     read = reader.read(text)
     if isinstance(read, Unreadable):
         return Grade("unparseable", detail=read.reason)
@@ -110,7 +125,38 @@ def _grade(reader: Reader, parse: Callable[[str], Number | None], text: str, gol
         answer = normalised(read)
         return Grade("right" if answer == normalised(trimmed(gold)) else "wrong", answer)
     said = parse(read)
-    return Grade("unparseable", detail=f"not one plain number: {read!r}") if said is None else said.judge(gold_number)
+    if said is None or not are_units(said.words, asked, gold):
+        return Grade("unparseable", detail=f"not one plain number: {read!r}")
+    return said.judge(gold_number)
+
+
+def are_units(words: Iterable[str], *texts: str) -> bool:
+    """Whether all words after a number are units: common ones, or found, in singular or plural, in one of the texts."""
+    for word in words:
+        stem = _stem(word)
+        if stem not in _COMMON_STEMS and not any(
+            re.search(rf"(?<![A-Za-z]){stem}[eisy]{{0,4}}(?![A-Za-z])", text, re.I) for text in texts
+        ):
+            return False
+    return True
+
+
+def unit_names(words: Iterable[str], power: str = "") -> frozenset[str]:
+    """One spelling of the units that words name: "apple" and "apples", "square cm" and "cm" to the `power` "^2"."""
+    words = list(words)
+    measured = [word for word in words if word not in _POWERS]
+    powers = [_POWERS[word] for word in words if word in _POWERS]
+    if not measured:
+        return frozenset(words)
+    return frozenset(_stem(word) + (power or "".join(powers[:1])) for word in measured)
+
+
+def _stem(word: str) -> str:
+    """The same for singular and plural: "berry" and "berries", "box" and "boxes"."""
+    return word.lower().rstrip("eisy") or word.lower()
+
+
+_COMMON_STEMS = frozenset(_stem(word) for word in _COMMON_UNITS.split())
 
 
 def normalised(text: str) -> str:
@@ -129,9 +175,10 @@ def number(text: str) -> Number | None:
     text = _SPACE.sub(" ", text.replace("{,}", ",").replace("\\!", "")).strip()
     text = text.replace("per cent", "percent")
     rate = _RATE.search(text)
-    if rate is not None and rate[1].lower() not in NOT_UNITS:
-        text = text[: rate.start()]
-    return plain_number(_MIXED.sub(_improper, text))
+    if rate is None or rate[1].lower() in NOT_UNITS:
+        return plain_number(_MIXED.sub(_improper, text))
+    found = plain_number(_MIXED.sub(_improper, text[: rate.start()]))
+    return found and replace(found, words=found.words | {rate[1]})
 
 
 def _improper(mixed: re.Match[str]) -> str:
@@ -160,6 +207,5 @@ def plain_number(text: str) -> Number | None:
     if "-" in (match["sign"], match["inner_sign"]):
         value = -value
     symbol = match["currency"] or match["symbol"]
-    # "apple" and "apples" are one unit.
-    units = {word.removesuffix("s") for word in words} | ({_SYMBOL_UNITS[symbol]} if symbol else set())
-    return Number(value, frozenset(units))
+    units = unit_names(words) | ({_SYMBOL_UNITS[symbol]} if symbol else set())
+    return Number(value, units, frozenset(words))

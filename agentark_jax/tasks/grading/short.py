@@ -13,8 +13,12 @@ from agentark_jax.tasks.grading.reading import ANSWER_PHRASE, HEADED, MAX_ANSWER
 
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Punctuation that makes another number of one: 12.5 is not 125.
+# Punctuation that makes another number of one: 12.5 is not 125, 1/2 not 12, 10:30 not 1030, and 5 % not 5.
 _POINT, _MINUS = re.compile(r"\.(?=[0-9])"), re.compile(r"(?<![^\s(])[-−](?=[0-9.])")
+_THOUSANDS, _PERCENT = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))"), re.compile(r"(?<=[0-9]) ?%")
+_BETWEEN_DIGITS = re.compile(r"(?<=[0-9]) ?[-–/:^+*,'’] ?(?=[0-9])")
+_BOUND, _SHARP = re.compile(r"[<>~](?= ?[0-9])"), re.compile(r"(?<=[A-Za-z0-9])(?:#|\+\+?)(?![A-Za-z0-9])")
+_KEPT = dict(zip("-–/:^+*,'’<>~#", "‐‐∕∶↑⊕∗⸲′′‹›≈♯", strict=True))
 _YES_NO = re.compile(r"(yes|no)[,.;:!]", re.I)
 UNANSWERABLE = "unanswerable"
 _REFUSALS = frozenset(
@@ -41,7 +45,7 @@ class Short:
     or not, is one to vote for: `answer` is empty.
     """
 
-    id = "short-2"
+    id = "short-3"
     instruction = f'End with "{ANSWER_PHRASE} ...", as few words as will do, and nothing after it.'
 
     def __call__(self, question: Question, text: str) -> Grade:
@@ -107,7 +111,10 @@ def spelled(answer: str) -> str:
 
 
 def _words(answer: str) -> str:
-    return squad_normalised(_POINT.sub("·", _MINUS.sub("−", answer)))
+    answer = _THOUSANDS.sub("", _PERCENT.sub(" percent", _MINUS.sub("−", answer)))
+    for pattern in (_BETWEEN_DIGITS, _BOUND, _SHARP):
+        answer = pattern.sub(lambda match: "".join(_KEPT[mark] for mark in match.group().replace(" ", "")), answer)
+    return squad_normalised(_POINT.sub("·", answer))
 
 
 def squad_normalised(text: str) -> str:

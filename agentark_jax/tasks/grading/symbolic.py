@@ -7,7 +7,7 @@ import re
 from functools import lru_cache
 
 from agentark_jax.records import Grade, Question
-from agentark_jax.tasks.grading.final_answer import NOT_UNITS, Number, normalised, number
+from agentark_jax.tasks.grading.final_answer import NOT_UNITS, Number, are_units, normalised, number, unit_names
 from agentark_jax.tasks.grading.reading import (
     ANSWER_PHRASE,
     BOXED,
@@ -19,8 +19,8 @@ from agentark_jax.tasks.grading.reading import (
 )
 from agentark_jax.tasks.grading.workers import Workers
 
-# With the start of a new worker, an answer takes two seconds at most.
-SECONDS = 1.5
+# An answer takes two seconds at most.
+SECONDS = 1.2
 MAX_LENGTH = 1000
 
 # Not the only box of its sentence, or, just before it: a denial, another candidate, the rest of a larger formula.
@@ -33,18 +33,18 @@ _DOUBT = re.compile(
 )
 _TAKEN_BACK = (
     "wait|hmm|oops|sorry|actually(?=,)|wrong|incorrect|mistake|correction|re-?check|i mean|let me|should be"
-    "|scratch that|on second thoughts?|my answer"
+    "|scratch that|on second thoughts?|my answer|nope|hold on|not quite|on reflection|i meant|never mind"
 )
+_SCALES = "[a-z]{1,12}illions?|thousands?|hundreds?|dozens?"
 # After a box: pieces of what closes its formula, or of a unit; then words that do not take it back.
 _CLOSING = re.compile(
     r"[\s.,;:)$*}~]|\\[\]),;:! %\\]|\\end\{[a-z*]{1,20}\}|\\q?quad|\^ ?\{? ?\\circ ?\}?"
-    r"|\\(?:text|mbox|textrm|mathrm) ?"
-    r"\{(?! ?(?:or|and|thousand|million|billion|hundred|dozen))[^{}]{0,60}\}(?:\^\{?[23]\}?)?",
+    rf"|\\(?:text|mbox|textrm|mathrm) ?\{{(?! ?(?:or|and|{_SCALES}))[^{{}}]{{0,60}}\}}(?:\^\{{?[23]\}}?)?",
     re.I,
 )
 _WORDS_AFTER = re.compile(
     r"(?!or\b|no\b[,.:!]|(?:and|to|plus|minus|times|but)\b[\s$\\(]{0,4}(?:boxed|[0-9-])"
-    r"|(?:thousand|million|billion|hundred|dozen|k)\b)"
+    rf"|(?:{_SCALES}|k)\b)"
     r"(?:(?=(?<=[\s.,;:)$*}\]%!])[A-Za-z]|[(\[$]"
     r"|\\(?!(?:cdot|times|div|pm|mp|[dt]?frac|sqrt|pi|text|mbox|mathrm|cup|cap)(?![A-Za-z])))"
     rf"(?:(?!\b(?:{_TAKEN_BACK})\b)[\s\S])*)?",
@@ -70,7 +70,10 @@ _DRAWING = "[asy]"
 _WRAPPED = re.compile(r"\\(?:text|textbf|textrm|textit|mathrm|mathbf|mbox|operatorname) ?\{([^{}\\]*)\}")
 _UNIT = re.compile(r"(?<=[0-9}]) ?\\(?:text|mbox|textrm|mathrm) ?\{[^{}]*\}(?: ?\^ ?\{?[23]\}?)?\Z")
 _MARKS = {"\\circ": "degree", "\\degree": "degree", "%": "percent", "\\$": "dollar"}
-_ANY_UNIT = {"unit", "square", "cubic", "sq", "cu"}
+_ANY_UNIT = {name + power for name in ("unit", "square", "cubic", "sq", "cu") for power in ("", "^2", "^3")}
+# What letters name here is no product: the angle ABC is not the angle ACB.
+_FIGURE = re.compile(r"\\(?:[dm]?angle|measuredangle|triangle|over(?:line|(?:left)?rightarrow)|widehat) ?\{? ?[A-Z]{2}")
+_SET, _PAIR = re.compile(r"\\\{.*\\\}", re.S), re.compile(r"[(\[].*,.*[)\]]", re.S)
 _NUMERAL = re.compile(r"(-?[0-9A-Z]+)_ ?\{?([0-9]+)\}?")
 # "x =", "f(x) =", "a_1 =" before a value.
 _NAMED = re.compile(r"\A\s*[A-Za-z](?:_\{?[A-Za-z0-9]\}?)?(?:\([A-Za-z]\))?\s*=(?!=)")
@@ -88,11 +91,11 @@ class Symbolic:
     r"""A formula that equals the gold answer.
 
     Equal in value is right: \sqrt{4} for 2; but where a number is asked for, 1+1 is not worked out. Decimals are not
-    rounded; per cent is a unit (50\% is 50, not 0.5); units and bases (11_2) agree where both sides name one. Words and
-    letters are compared as text.
+    rounded; per cent is a unit (50\% is 50, not 0.5); units and bases (11_2) agree where both sides name one. Words,
+    letters and figures named by them (\angle ABC) are compared as text.
     """
 
-    id = "symbolic-1"
+    id = "symbolic-2"
     instruction = f'End with "{ANSWER_PHRASE} $\\boxed{{...}}$." and nothing after it.'
 
     def __init__(self) -> None:
@@ -110,6 +113,8 @@ class Symbolic:
         gold, answer = trimmed(question.answer), read
         if _is_words(gold):
             return _by_text(_plain(gold), _plain(answer))
+        if _FIGURE.search(gold):
+            return _by_text(_squeezed(gold), _squeezed(answer))
         base = _NUMERAL.fullmatch(_squeezed(gold))
         if base is not None:
             plain = answer if _without_unit(answer)[1] else _squeezed(answer)
@@ -120,11 +125,18 @@ class Symbolic:
             gold = _NAMED.sub("", gold)
         (gold, gold_units), (answer, units) = _without_unit(gold), _without_unit(answer)
         said, wanted = number(answer), number(gold)
+        words = {*(said.words if said is not None else ()), *_WORD.findall(" ".join(units))}
+        measured = said is not None and said.words and wanted is None  # "5 kg" is no formula
+        if measured or not are_units(words, question.prompt, question.answer):
+            return Grade("unparseable", detail=f"not one value: {read!r}")
         if said is not None and wanted is not None:
             return Number(said.value, said.units | units).judge(Number(wanted.value, wanted.units | gold_units))
         if not _is_finished(answer, gold, wanted is not None):
             return Grade("unparseable", detail=f"not one value: {answer!r}")
         alike = _squeezed(answer) == _squeezed(gold)
+        forms = {bool(_SET.fullmatch(_formula(each))): each for each in (gold, answer)}
+        if len(forms) == 2 and _PAIR.fullmatch(_formula(forms[False])):
+            return Grade("wrong", _squeezed(answer), "a set is no pair")
         comparison = self._compare(_formula(gold), _formula(answer))
         if "problem" in comparison and not alike:
             return Grade("unparseable", detail=comparison["problem"])
@@ -159,7 +171,8 @@ def _without_unit(text: str) -> tuple[str, frozenset[str]]:
     if match is None or not NOT_UNITS.isdisjoint(words):
         units = set()
     else:
-        text, units = text[: match.start()], {word.removesuffix("s") for word in words} - _ANY_UNIT
+        text, power = text[: match.start()], re.search(r"\^ ?\{?([23])", match[0])
+        units = set(unit_names(words, f"^{power[1]}" if power else "") - _ANY_UNIT)
     units |= {unit for mark, unit in _MARKS.items() if mark in text}
     return text, frozenset(units)
 
