@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentark_jax.records import Question
+from agentark_jax.tasks.grading import grader
 from agentark_jax.tasks.overlap import WORDS, overlaps
 
 DATA = Path(__file__).parents[1] / ".." / "shared" / "data"
@@ -59,6 +60,17 @@ def test_shares_are_those_of_brute_force(seed):
             if share >= 0.5:
                 expected.append((one.id, other.id, share))
     assert [(each.learned.id, each.measured.id, each.share) for each in overlaps(learned, measured)] == expected
+
+
+def test_how_an_answer_is_to_end_is_no_part_of_a_question():
+    learned = Question.make("t", "debate", f"{LONG.upper()}\n{grader('numeric').instruction}", "1")
+    short = Question.make("t", "debate", f"What is 2 + 2?\n{grader('choice').instruction}", "1")
+    measured = [
+        Question.make("u", "held_out", f"{text}\n{grader('symbolic').instruction}", "1")
+        for text in (LONG.replace(",", ";"), "What is 2+2?", "What is 2+3?")
+    ]
+    pairs = [(each.learned, each.measured, each.kind) for each in overlaps([learned, short], measured)]
+    assert pairs == [(learned, measured[0], "normalised"), (short, measured[1], "normalised")]
 
 
 def load(name: str, key: str) -> list[Question]:

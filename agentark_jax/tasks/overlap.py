@@ -5,9 +5,11 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from agentark_jax.records import Question
+from agentark_jax.tasks.grading import GRADERS, grader
 
 # Of the 7,473 × 1,319 pairs of GSM8K's training and test questions, 2 share so much; of MATH's 7,500 and MATH-500's,
 # 27; of GSM8K's test questions 750 with their variants in GSM-Plus.
@@ -46,7 +48,7 @@ def overlaps(learned: Iterable[Question], measured: Iterable[Question]) -> Itera
     that of the measuring questions.
     """
     measuring = [question for question in measured if GENERATOR not in question.meta]
-    words = [_words(question.asked) for question in measuring]
+    words = [_words(question) for question in measuring]
     same: dict[tuple[str, ...], list[int]] = defaultdict(list)
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # which questions have a run of words
     for index, each in enumerate(words):
@@ -54,19 +56,30 @@ def overlaps(learned: Iterable[Question], measured: Iterable[Question]) -> Itera
         for run in _runs(each):
             holders[run].append(index)
     for question in learned:
-        mine = _words(question.asked)
+        mine = _words(question)
         hits = Counter(index for run in _runs(mine) for index in holders.get(run, ()))
         for index in sorted({*hits, *same.get(mine, ())}):
             share = 1.0 if words[index] == mine else hits[index] / len(_runs(words[index]))
             kind: Literal["exact", "normalised", "words"] = "words"
             if words[index] == mine:
-                kind = "exact" if question.asked == measuring[index].asked else "normalised"
+                kind = "exact" if _text(question) == _text(measuring[index]) else "normalised"
             if share >= SHARE:
                 yield Overlap(question, measuring[index], kind, share)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(_WORD.findall(unicodedata.normalize("NFKC", text).casefold()))
+def _text(question: Question) -> str:
+    """A question without the line that says how to end an answer: datasets with other graders have another one."""
+    text, _, last = question.asked.rpartition("\n")
+    return text if last in _instructions() else question.asked
+
+
+@cache
+def _instructions() -> frozenset[str]:
+    return frozenset(grader(name).instruction for name in GRADERS)
+
+
+def _words(question: Question) -> tuple[str, ...]:
+    return tuple(_WORD.findall(unicodedata.normalize("NFKC", _text(question)).casefold()))
 
 
 def _runs(words: tuple[str, ...]) -> set[tuple[str, ...]]:
