@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError, Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import get_args
@@ -300,9 +301,10 @@ def _watched(title: str, total: int | None) -> Iterator[OnTurns]:
 
 
 def make_console() -> Console:
-    console = Console(highlight=False, soft_wrap=True)
-    # What is piped has no width of its own.
-    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
+    # Ids and paths are printed as they are: ":m:" in one is no emoji and "[m]" no markup. What is piped has no width.
+    shown = partial(Console, highlight=False, emoji=False, markup=False, soft_wrap=True)
+    console = shown()
+    return console if console.is_terminal else shown(width=200)
 
 
 def _turn_count(store: TraceStore) -> int:

@@ -12,7 +12,7 @@ from test_store import make_call, make_turn, tamper, text_only
 from agentark_jax.cli import main
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.progress import Bar, _Rate
-from agentark_jax.records import Completion, Turn
+from agentark_jax.records import Completion, Label, Turn
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces_cli import plain
 
@@ -191,3 +191,16 @@ def test_a_bar_shows_the_rate_of_tokens_or_of_what_it_counts():
         task.start_time, task.stop_time = 0, 20
         rates.append(_Rate().render(task).plain)
     assert rates == ["1.5/s", "30 tokens/s"]
+
+
+def test_ids_and_paths_are_printed_as_they_are(capsys, tmp_path):
+    place = tmp_path / "[red]:m:"
+    place.mkdir()
+    path = make_store(place / "traces.sqlite", EVERY, LABELS)
+    with TraceStore(path) as store:
+        store.put_labels(Label(turn.key, "judge:m:1", "right", "7") for turn in store.turns(errors=False))
+    for command in (("stats", path), ("select", path, "--grader", "judge:m:1", "--out", tmp_path / "out")):
+        code, out, _ = run(capsys, *command)
+        assert code == 0
+        assert str(path) in out
+    assert "judge:m:1" in out
