@@ -435,6 +435,30 @@ def test_what_is_held_out_is_not_learned(gsm8k):
     assert task.grade(splits["held_out"][0], "The answer is 5.").verdict == "right"
 
 
+def test_own_questions_are_measured_by_a_dataset(tmp_path):
+    own = [{"question": f"What is {number} + 2?", "answer": number + 2} for number in range(40)]
+    write(tmp_path / "mine.jsonl", [*own, {"question": "how MANY  apples?", "answer": 3}])
+    problem = {"level": 1, "subject": "Algebra", "solution": "\\boxed{3}", "answer": "3"}
+    rows = [{**problem, "problem": "How many apples?"}, {**problem, "problem": "How many pears?"}]
+    write(tmp_path / "math500" / "test.jsonl", rows)
+    config = TaskConfig(path=str(tmp_path / "mine.jsonl"), held_out="math500", shots=1)
+    task = make_task(config, {"held_out": 2, "debate": 29, "warm_start": 10})
+    assert task.counts == {
+        "read": 41, "duplicates_dropped": 0, "held_out_elsewhere_dropped": 1, "held_out_read": 2
+    }  # fmt: skip
+    measured = task.questions("held_out", 2)
+    assert {question.task for question in measured} == {"math500"}
+    assert all(question.prompt.startswith("Examples:") for question in measured)
+    assert task.grade(measured[0], "Thus $\\boxed{3}$.").verdict == "right"
+    learned = [*task.questions("debate", 29), *task.questions("warm_start", 10)]
+    assert len({question.asked for question in learned}) == 39
+    assert task.grade(learned[0], f"The answer is {learned[0].answer}.").verdict == "right"
+    with pytest.raises(UsageError, match=r"questions\.held_out is 3, but math500 has 2"):
+        make_task(config, {"held_out": 3})
+    with pytest.raises(UsageError, match=r"held_out goes with questions that are read"):
+        TaskConfig(held_out="math500")
+
+
 @pytest.mark.parametrize("name", [name for name, dataset in DATASETS.items() if dataset.train is None])
 def test_test_sets_are_never_learned_from(name, tmp_path):
     instead = DATASETS[name].instead
@@ -604,7 +628,7 @@ def test_a_damaged_parquet_file(tmp_path):
         ({"path": "x", "grader": "kind"}, r"task\.grader is 'kind'"),
         ({"path": "x", "hub": HubConfig("y")}, r"task\.hub and task\.path"),
         ({"name": "gsm8k", "hub": HubConfig("y")}, r"task\.hub and task\.name"),
-        ({"held_out": "svamp"}, r"task\.held_out needs a dataset"),
+        ({"held_out": "svamp"}, r"task\.held_out goes with questions that are read"),
         ({"name": "gsm8k", "held_out": "metamathqa"}, r"task\.held_out is 'metamathqa'"),
         ({"shots": 1}, r"task\.shots is for"),
         ({"name": "gsm8k", "shots": -1}, r"task\.shots is -1"),

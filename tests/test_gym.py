@@ -235,7 +235,7 @@ def test_other_generators_are_refused(generator, message):
         ({"name": "gsm8k"}, r"task\.gym and task\.name are both set"),
         ({"shots": 2}, r"task\.shots is for questions that are read"),
         ({"grader": "short"}, r"task\.grader is for your own"),
-        ({"held_out": "svamp"}, r"task\.held_out needs a dataset"),
+        ({"held_out": "svamp"}, r"task\.held_out goes with questions that are read"),
     ],
 )
 def test_settings_that_do_not_go_with_it(options, message):

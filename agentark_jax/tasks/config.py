@@ -75,7 +75,8 @@ class TaskConfig:
         fields: the columns of your own questions.
         grader: what judges answers to your own questions: numeric (the default), symbolic, choice (the default where
             there are choices), short, or final_answer, the built-in generator's.
-        held_out: another dataset that held-out questions are taken from; a dataset's own test set otherwise.
+        held_out: another dataset that held-out questions are taken from; otherwise a dataset's own test set, or some
+            of your own questions. With those it is read from the folder of its name beside the file, or else the hub.
         shots: how many solved examples stand before each question, drawn from those of the warm start.
         seed: which questions are drawn, and in which order.
         steps: how many arithmetic steps a question may take; questions cycle through these counts.
@@ -114,8 +115,11 @@ class TaskConfig:
             tests = [name for name, dataset in DATASETS.items() if dataset.test is not None]
             if self.held_out not in tests:
                 raise UsageError(f"task.held_out is {self.held_out!r}; use one of: {', '.join(tests)}, or null.")
-            if self.name == WORD_PROBLEMS:
-                raise UsageError("task.held_out needs a dataset as task.name; leave it null.")
+            if self.name == WORD_PROBLEMS and self.path is None and self.hub is None:
+                raise UsageError(
+                    "task.held_out goes with questions that are read: set task.name to a dataset, or task.path or "
+                    "task.hub for your own; or leave it null."
+                )
         _check_integer("shots", self.shots, 0, 100)
         _check_integer("seed", self.seed, 0, 2**63 - 1)
         _check_integer("max_number", self.max_number, 2, 10**6)

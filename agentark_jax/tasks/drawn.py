@@ -14,7 +14,7 @@ from pathlib import Path
 from agentark_jax.errors import UsageError
 from agentark_jax.records import Grade, Question, stable_hash
 from agentark_jax.tasks.config import TaskConfig
-from agentark_jax.tasks.datasets import DATASETS, Loaded, load, stands_for
+from agentark_jax.tasks.datasets import DATASETS, load, stands_for
 from agentark_jax.tasks.grading import Grader, grader
 from agentark_jax.tasks.items import Item, in_order, make_question
 from agentark_jax.tasks.own import read_own
@@ -59,7 +59,7 @@ class DrawnTask:
 
 
 def own_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
-    """The questions of a user's file or hub dataset.
+    """The questions of a user's file or hub dataset; held-out ones from `task.held_out`, where that is set.
 
     Raises UsageError where a row cannot be used, or there are fewer different questions than are needed together.
     """
@@ -73,10 +73,22 @@ def own_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
         where, name = f"{path} (task.path)", "parquet" if path.suffix == ".parquet" else "jsonl"
         rows = read_file(path)
     items, counts = read_own(rows, config.fields, judge)
+    graders, asked, measuring = {name: grader(judge)}, dict(sizes), list[Item]()
+    if config.held_out is not None:
+        tested, test = config.held_out, DATASETS[config.held_out].test
+        assert test is not None, "a dataset with a test set"
+        loaded = load(tested, test, _beside(config.path, tested), config.seed)
+        items, dropped = _apart(items, loaded.items)
+        counts = {**counts, "held_out_elsewhere_dropped": dropped}
+        counts |= {f"{HELD_OUT}_{reason}": count for reason, count in loaded.counts.items()}
+        size = asked.pop(HELD_OUT, 0)
+        _check_size(tested, HELD_OUT, size, len(loaded.items))
+        measuring = in_order(loaded.items, config.seed)[:size]
+        graders[tested] = grader(DATASETS[tested].grader)
     items = in_order(items, config.seed)
-    needed = sum(sizes.values()) + config.shots
+    needed = sum(asked.values()) + config.shots
     if needed > len(items):
-        wanted = " + ".join(f"{split} {sizes[split]}" for split in SPLIT_ORDER if sizes.get(split))
+        wanted = " + ".join(f"{split} {asked[split]}" for split in SPLIT_ORDER if asked.get(split))
         wanted += f" + task.shots {config.shots}" if config.shots else ""
         raise UsageError(
             f"{where} has {len(items)} different questions, but the splits need {needed} ({wanted}). "
@@ -84,15 +96,20 @@ def own_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
         )
     backwards = items[::-1]
     examples, backwards = backwards[: config.shots], backwards[config.shots :]
-    pieces, start = {WARM_START: backwards[: sizes.get(WARM_START, 0)]}, 0
+    pieces, start = {WARM_START: backwards[: asked.get(WARM_START, 0)]}, 0
     for split in SPLIT_ORDER[:-1]:
-        pieces[split] = items[start : start + sizes.get(split, 0)]
+        pieces[split] = items[start : start + asked.get(split, 0)]
         start += len(pieces[split])
     splits = {
         split: [make_question(name, split, item, examples=examples) for item in piece]
         for split, piece in pieces.items()
     }
-    return DrawnTask(name, splits, {name: grader(judge)}, counts)
+    if config.held_out is not None:
+        line = graders[config.held_out].instruction
+        splits[HELD_OUT] = [
+            make_question(config.held_out, HELD_OUT, item, instruction=line, examples=examples) for item in measuring
+        ]
+    return DrawnTask(name, splits, graders, counts)
 
 
 def dataset_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
@@ -127,7 +144,7 @@ def dataset_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
     pools: dict[str, list[Item]] = {split: [] for split in SPLITS}
     if dataset.train is not None:
         loaded = load(name, dataset.train, path, config.seed)
-        items, dropped = _apart(loaded, held_out or [])
+        items, dropped = _apart(loaded.items, held_out or [])
         counts = {**loaded.counts, "held_out_elsewhere_dropped": dropped, **counts}
         for item in items:
             pools[pool_of(item, held_out is not None)].append(item)
@@ -160,11 +177,17 @@ def pool_of(item: Item, tested: bool) -> str:
     return DEBATE if tested and split == HELD_OUT else split
 
 
-def _apart(loaded: Loaded, held_out: Sequence[Item]) -> tuple[list[Item], int]:
-    """What may be learned from: nothing that is, or shares its group with, a held-out question."""
+def _apart(items: Sequence[Item], held_out: Sequence[Item]) -> tuple[list[Item], int]:
+    """What may be learned from: nothing that is, or shares its group with, a held-out question; the dropped."""
     marks = {mark for item in held_out for mark in item.marks}
-    items = [item for item in loaded.items if not item.marks & marks]
-    return items, len(loaded.items) - len(items)
+    left = [item for item in items if not item.marks & marks]
+    return left, len(items) - len(left)
+
+
+def _beside(path: str | None, name: str) -> Path | None:
+    """The folder with a dataset's files beside a user's own file; None where there is none: then the hub has it."""
+    folder = None if path is None else Path(path).parent / (DATASETS[name].folder or name)
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def _place(path: str | None, name: str, apart: bool = False) -> Path | None:
