@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
+from test_grading import seconds
 
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.records import JUDGE, SUMMARISER, stable_hash
@@ -445,6 +446,24 @@ def test_a_dialogue_tells_no_turn_that_is_not_given():
     rows = debate_of("a", "wr", "rr")
     with pytest.raises(AgentArkError, match=r"was shown a\.0\.0\.0, which is not among the turns given: select from"):
         choose("dialogue", rows[1:])
+
+
+@pytest.mark.parametrize("variant", ["dialogue", "diverse_k2", "non_corrective_matched"])
+def test_eight_times_the_debates_take_some_eight_times_as_long(variant):
+    """Quadratic work on so many turns takes 64 times as long."""
+
+    def taken(count):
+        rows = []
+        for question in range(count):
+            shown = tuple(f"{question}.0.{agent}.0" for agent in range(3))
+            rows += [make_row(str(question), agent) for agent in range(3)]
+            rows += [
+                dataclasses.replace(make_row(str(question), agent, 1, ids=range(agent, agent + 5)), parents=shown)
+                for agent in range(3)
+            ]
+        return seconds(lambda: choose(variant, rows))
+
+    assert taken(4000) <= 30 * max(taken(500), 0.005)
 
 
 def test_a_dialogue_keeps_its_turns_in_a_file(tmp_path):

@@ -194,7 +194,7 @@ def _dialogues(
         turns = [candidate[-1] for candidate in group]
         said = completions([turn.key for turn in turns])
         for turn in turns:
-            lacking = sorted(set(said[turn.key].parents) - rows.keys())
+            lacking = sorted(key for key in said[turn.key].parents if key not in rows)
             if lacking:
                 raise AgentArkError(
                     f"Turn {turn.key} was shown {lacking[0]}, which is not among the turns given: select from the "
