@@ -22,6 +22,8 @@ FILES = {
     ("big_bench_mistake", "big_bench_mistake/tracking_shuffled_objects.jsonl"): (300, 260),
     ("big_bench_mistake", "big_bench_mistake/word_sorting.jsonl.gz"): (300, 266),
     ("big_bench_mistake", "big_bench_mistake/dyck_languages.jsonl.gz"): (986, 650),
+    ("prm800k", "prm800k/samples.jsonl"): (6, 3),
+    ("math_shepherd", "math_shepherd/samples.jsonl"): (7, 7),
 }
 
 
@@ -129,7 +131,7 @@ GOOD = {"input": "?", "steps": ["a", "b"], "answer": "4", "target": "5", "mistak
         ("big_bench_mistake", {**GOOD, "mistake_index": "one"}, r"line 1.*no row of big_bench_mistake"),
         ("big_bench_mistake", {"input": "?"}, r"line 1.*'answer'.*no row of big_bench_mistake"),
         ("mr_gsm8k", GOOD, r"line 1.*no row of mr_gsm8k"),
-        ("prm800k", GOOD, r"prm800k.*use one of: mr_ben, mr_gsm8k, prmbench, big_bench_mistake"),
+        ("processbench", GOOD, r"processbench.*use one of: mr_ben, mr_gsm8k, prmbench, big_bench_mistake"),
     ],
 )
 def test_other_rows_are_refused_by_name_and_line(tmp_path, dataset, row, message):
@@ -137,3 +139,40 @@ def test_other_rows_are_refused_by_name_and_line(tmp_path, dataset, row, message
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(UsageError, match=message):
         read_solutions(dataset, path)
+
+
+def published(tmp_path, row):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    return path
+
+
+def rated(*ratings, chosen=0, human=None):
+    completions = [{"text": f"step rated {rating}", "rating": rating} for rating in ratings]
+    return {"completions": completions, "chosen_completion": chosen, "human_completion": human}
+
+
+@pytest.mark.parametrize(
+    ("steps_of_row", "lines", "error"),
+    [
+        ([rated(1), rated(0), rated(1)], 3, None),
+        ([rated(1), rated(-1, 1, chosen=1), rated(1)], 3, None),
+        ([rated(1), rated(-1, chosen=None)], 2, 1),
+        # People went on by themselves: what the model said there was wrong, and what follows is not its own.
+        ([rated(1), rated(-1, -1, chosen=None, human={"text": "better"}), rated(1)], 2, 1),
+    ],
+)
+def test_prm800k_ends_at_the_first_step_rated_wrong(tmp_path, steps_of_row, lines, error):
+    row = {"question": {"problem": "how many?"}, "label": {"steps": steps_of_row}}
+    (solution,) = read_solutions("prm800k", published(tmp_path, row))
+    assert (len(solution.lines), solution.first_error) == (lines, error)
+
+
+def test_math_shepherds_signs_stand_where_its_tags_are(tmp_path):
+    row = {"input": "How many? Step 1: 1 + 1 = 2 ки\nStep 2: + 1 = 4 ки", "task": "GSM8K"}
+    row["label"] = "How many? Step 1: 1 + 1 = 2 +\nStep 2: + 1 = 4 -"
+    (solution,) = read_solutions("math_shepherd", published(tmp_path, row))
+    assert solution == Solution("How many?", ("Step 1: 1 + 1 = 2", "Step 2: + 1 = 4"), 1, "GSM8K")
+    for damaged in ({"label": row["label"].replace("-", "?")}, {"input": row["input"] + " and more"}):
+        with pytest.raises(UsageError, match="line 1.*this is no row of math_shepherd"):
+            read_solutions("math_shepherd", published(tmp_path, {**row, **damaged}))

@@ -127,11 +127,48 @@ def _big_bench_mistake(row: Mapping[str, Any]) -> Solution:
     return Solution(row["input"], tuple(row["steps"]), error, kind)
 
 
+def _prm800k(row: Mapping[str, Any]) -> Solution:
+    """The model's steps up to the first that people rated -1; where they went on with a step of their own, it erred."""
+    lines: list[str] = []
+    for step in row["label"]["steps"]:
+        place = step["chosen_completion"]
+        said = step["completions"][0 if place is None else place]
+        lines.append(said["text"])
+        if said["rating"] == -1:
+            return Solution(row["question"]["problem"], tuple(lines), len(lines) - 1, "wrong")
+        if place is None:
+            break
+    return Solution(row["question"]["problem"], tuple(lines), None, "right")
+
+
+_TAG = "\u043a\u0438"  # Math-Shepherd's, Cyrillic, at the end of each step
+
+
+def _math_shepherd(row: Mapping[str, Any]) -> Solution:
+    *steps, rest = row["input"].split(_TAG)
+    question, first, begun = steps[0].partition("Step 1:")
+    if rest.strip() or not first:
+        raise ValueError("input is no question and steps with tags")
+    # In the label a sign stands where the tag is in the input.
+    label, signs = row["label"], []
+    for step in steps:
+        label = label[len(step) :]
+        signs.append(label[:1])
+        label = label[1:]
+    if not set(signs) <= {"+", "-"}:
+        raise ValueError("label has no + or - at the place of each tag")
+    lines = tuple(line.strip() for line in (first + begun, *steps[1:]))
+    return Solution(question.strip(), lines, signs.index("-") if "-" in signs else None, str(row["task"]))
+
+
 # By dataset: MR-Ben (github.com/dvlab-research/Mr-Ben, flattened to a row a solution), MR-GSM8K, PRMBench (rows whose
-# every marked step is past the end are left out), BIG-Bench-Mistake.
+# every marked step is past the end are left out), BIG-Bench-Mistake, PRM800K, Math-Shepherd. (Math-APS has values of
+# prefixes that do not continue each other, and so no solutions.)
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Solution | None]] = {
     "mr_ben": _mr_ben,
     "mr_gsm8k": _mr_gsm8k,
     "prmbench": _prmbench,
     "big_bench_mistake": _big_bench_mistake,
+    "prm800k": _prm800k,
+    "math_shepherd": _math_shepherd,
 }
