@@ -24,7 +24,7 @@ from agentark_jax.report.svg import Plot
 _HERE = Path(__file__).parent
 TRANSCRIPT_BYTES = 8_000_000  # of transcripts in the page, so that it stays below 10 MB and opens at once
 _TABLE_ROWS = 200  # of a plot's numbers shown as a table; the download has all of them
-_OPTIONAL: dict[str, Any] = {"differences": [], "debate": {}, "training": {}, "timing": {}}
+_OPTIONAL: dict[str, Any] = {"differences": [], "debate": {}, "training": {}, "judges": {}, "timing": {}}
 _TURN_KEYS = ("agent", "text", "answer", "verdict", "flip", "tokens")
 
 
