@@ -174,5 +174,5 @@ def test_math_shepherds_signs_stand_where_its_tags_are(tmp_path):
     (solution,) = read_solutions("math_shepherd", published(tmp_path, row))
     assert solution == Solution("How many?", ("Step 1: 1 + 1 = 2", "Step 2: + 1 = 4"), 1, "GSM8K")
     for damaged in ({"label": row["label"].replace("-", "?")}, {"input": row["input"] + " and more"}):
-        with pytest.raises(UsageError, match="line 1.*this is no row of math_shepherd"):
+        with pytest.raises(UsageError, match=r"line 1.*this is no row of math_shepherd"):
             read_solutions("math_shepherd", published(tmp_path, {**row, **damaged}))
