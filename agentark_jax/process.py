@@ -465,7 +465,7 @@ def evaluate_prm(
     `work` gets, as JSON values with intervals: `best_of_n` of independent samples by each of two aggregates against
     their vote and a random pick, `outcome`, how the least probable step goes with the answer's being right, and, of
     word problems, whose steps are known to be right or wrong, `first_errors` in a debate's answers beside the two
-    baselines.
+    baselines, each with a threshold that was fitted on other questions.
 
     Args:
         directory: the model's.
@@ -518,7 +518,7 @@ def evaluate_prm(
         "best_of_n": [asdict(best_of_n(candidates, name, level=level)) for name in ("min", "mean")],
         "outcome": asdict(outcome_correlation(candidates, "min", level=level)),
         "first_errors": {
-            name: {**asdict(found), "f1": found.errors.f1} for name, found in compare(judged, 0.5, name="prm").items()
+            name: {**asdict(found), "f1": found.errors.f1} for name, found in compare(judged, None, name="prm").items()
         }
         if judged
         else None,

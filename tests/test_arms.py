@@ -42,10 +42,15 @@ SETTINGS = (
 
 def test_every_variant_is_an_arm_with_words_of_its_own():
     assert set(LEARNED) == set(get_args(Variant))
-    for name in (*get_args(Variant), *CONTROLS):
+    for name in (*get_args(Variant), *CONTROLS, *arms.REINFORCED):
         check_arms([name])
         assert arms.ARMS[name].learns
-        assert label_of(name).endswith(("student", "budget"))
+        assert "student" in label_of(name)
+    assert len({label_of(name) for name in arms.ARMS}) == len(arms.ARMS)
+    assert {name for name, arm in arms.ARMS.items() if arm.reinforced} == {"pad", "pad_samples", "vr"}
+    assert {name for name, arm in arms.ARMS.items() if not arm.generated} == {
+        *("pad", "pad_samples", "vr", "gold", "answer_only")
+    }
     assert label_of("diverse_k2_after_student") == "diverse_k2 student after debate student"
 
 
@@ -204,17 +209,27 @@ def test_whatever_a_selection_depends_on_makes_it_another(tmp_path, change):
 def test_students_start_where_they_should_for_as_many_steps(tmp_path):
     rows = spoken_rows("debate", 30)
     arms = ["control", "gold", "diverse_k2", "diverse_k2_after_student", "student_after_gold", "control_after_gold"]
+    arms += ["vr", "pad_after_student", "student_budget"]
     pipeline = plain_pipeline(tmp_path, rows, arms=arms, curve=[0.5])
-    selections = pipeline.select({"debate": ("debate", rows)})
+    spoken = {source: (source, rows) for source in pipeline.sources()}
+    assert list(spoken) == ["debate", "debates"]
+    selections = pipeline.select(spoken)
     told = {}
 
     def distil(name, start, form, learned, questions, *, steps=None):
         told[name] = start, learned, steps
         return SimpleNamespace(name=name, counts={"steps": 11 if name == "student" else 5})
 
-    pipeline.distil = distil
+    reinforced = {}
+
+    def reinforce(name, start, form, judge, questions):
+        reinforced[name] = start.name, judge, len(questions)
+        return SimpleNamespace(name=name, counts={"steps": 3})
+
+    pipeline.distil, pipeline.reinforce = distil, reinforce
     questions = [SimpleNamespace(id=each) for each in sorted({row.question_id for row in rows})]
-    students = pipeline.distil_all(SimpleNamespace(name="base"), None, selections, questions)
+    judges = {"debate": "a model of the debate"}
+    students = pipeline.distil_all(SimpleNamespace(name="base"), None, selections, judges, questions)
     assert list(students) == ["student", *arms, "student_50pct"]
     assert {name: (start.name, steps) for name, (start, _, steps) in told.items()} == {
         "student": ("base", None),
@@ -225,6 +240,11 @@ def test_students_start_where_they_should_for_as_many_steps(tmp_path):
         "student_after_gold": ("gold", None),
         "control_after_gold": ("gold", None),
         "student_50pct": ("base", None),
+        "student_budget": ("base", None),
+    }
+    assert reinforced == {
+        "vr": ("base", None, len(questions)),
+        "pad_after_student": ("student", "a model of the debate", len(questions)),
     }
     assert told["control_after_gold"][1] is selections["control"]
     assert told["student_after_gold"][1] is selections["student"]

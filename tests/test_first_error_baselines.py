@@ -84,3 +84,19 @@ def test_steps_of_unknown_truth_are_not_counted():
     assert found["model"].calibration.n == 9
     with pytest.raises(ValueError, match="need"):
         compare([], 0.5, name="model")
+
+
+def test_without_a_threshold_the_models_is_fitted_on_the_other_half_too():
+    """A model that orders steps perfectly, all of them above a half, is found out by its order alone."""
+    solutions = []
+    for number in range(80):
+        error = [None, 1, 3][number % 3]
+        right = np.where(np.arange(5) < (5 if error is None else error), 0.95, 0.8)
+        solutions.append(judged(f"q{number}", error, right=right))
+    assert compare(solutions, 0.5, name="model")["model"].errors.f1 == 0
+    found = compare(solutions, None, name="model")
+    assert found["model"].errors.f1 == 1
+    assert found[MAJORITY].model_over.difference > 0.3
+    assert found[LENGTH_ONLY].model_over.low > 0
+    alone = [judged("q0", 1, right=[0.9, 0.8, 0.8, 0.8, 0.8])]  # nobody to learn a threshold from
+    assert compare(alone, None, name="model")["model"].errors.located.mean == 0

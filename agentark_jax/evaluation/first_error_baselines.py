@@ -63,15 +63,19 @@ class Found:
     model_over: PairedDifference | None
 
 
-def compare(judged: Sequence[Judged], threshold: float, *, name: str, level: float = 0.95) -> dict[str, Found]:
+def compare(judged: Sequence[Judged], threshold: float | None, *, name: str, level: float = 0.95) -> dict[str, Found]:
     """The model (called `name`) and, where each half has questions, the baselines.
+
+    Without a threshold, that of the model is fitted as those of the baselines are, on the other half of the questions
+    (0.5 where there is none): a model that learned from few wrong steps calls hardly any of them improbable.
 
     Raises: ValueError for no solutions.
     """
-    told = {name: ([_line(each, each.right, threshold) for each in judged], [each.right for each in judged])}
+    fixed = 0.5 if threshold is None else threshold
+    told = {name: ([_line(each, each.right, fixed) for each in judged], [each.right for each in judged])}
     second = np.asarray([int(stable_hash(["half", each.question])[:8], 16) % 2 for each in judged], bool)
     if second.any() and not second.all():
-        for baseline, fit in _BASELINES.items():
+        for baseline, fit in {**({name: _as_judged} if threshold is None else {}), **_BASELINES}.items():
             said: list[tuple[int | None, Float[np.ndarray, " S"]]] = [(None, each.right) for each in judged]
             for side in (second, ~second):
                 predict = fit([each for each, here in zip(judged, side, strict=True) if not here])
@@ -136,8 +140,24 @@ def _length_only(fitted: Sequence[Judged]) -> _Predict:
     def probabilities(judged: Judged) -> Float[np.ndarray, " S"]:
         return expit(scaled(_features(judged)) @ weights)
 
-    known = [(each, probabilities(each)) for each in fitted]
-    true = [each.error for each in fitted]
+    best = _best_threshold([(each, probabilities(each)) for each in fitted])
+
+    def predict(judged: Judged) -> tuple[int | None, Float[np.ndarray, " S"]]:
+        right = probabilities(judged)
+        return _line(judged, right, best), right
+
+    return predict
+
+
+def _as_judged(fitted: Sequence[Judged]) -> _Predict:
+    """The judged model itself, with the best threshold for the F1."""
+    best = _best_threshold([(each, each.right) for each in fitted])
+    return lambda judged: (_line(judged, judged.right, best), judged.right)
+
+
+def _best_threshold(known: Sequence[tuple[Judged, Float[np.ndarray, " S"]]]) -> float:
+    """That with the best F1 of first errors, of probabilities that steps are right."""
+    true = [each.error for each, _ in known]
 
     def f1(threshold: float) -> float:
         found = [_line(each, right, threshold) for each, right in known]
@@ -146,13 +166,7 @@ def _length_only(fitted: Sequence[Judged]) -> _Predict:
         shares = [sum(each) / len(each) for each in (wrong, clear) if each]
         return len(shares) / sum(1 / share for share in shares) if all(shares) else 0.0
 
-    best = max(_THRESHOLDS, key=f1)
-
-    def predict(judged: Judged) -> tuple[int | None, Float[np.ndarray, " S"]]:
-        right = probabilities(judged)
-        return _line(judged, right, best), right
-
-    return predict
+    return float(max(_THRESHOLDS, key=f1))
 
 
 def _features(judged: Judged) -> Float[np.ndarray, "S F"]:
