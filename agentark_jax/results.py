@@ -275,7 +275,8 @@ def _training(outcome: Outcome) -> dict[str, dict[str, Any]]:
         if record.exists():
             kept = {key: manifest.counts[key] for key in ("examples", "steps", "tokens", "loss_tokens", "final_loss")}
             kept |= {key: manifest.counts[key] for key in ("stopped", "alarms", "rollouts") if key in manifest.counts}
-            result[_TRAINED.get(manifest.stage, manifest.stage)] = {**kept, **json.loads(record.read_text())}
+            told = {key: value for key, value in json.loads(record.read_text()).items() if key != "consumed"}
+            result[_TRAINED.get(manifest.stage, manifest.stage)] = {**kept, **told}
     return result
 
 
