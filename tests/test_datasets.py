@@ -72,6 +72,7 @@ def items(name, *rows, seed=0):
         ("math", "math/test.jsonl.gz", 5000, {}),
         ("math500", "math500/test.jsonl", 500, {}),
         ("svamp", "svamp/test.jsonl", 1000, {}),
+        ("mawps", "mawps/test.jsonl", 2065, {"duplicates": 87, "answered_differently": 1}),
         ("gsm_plus", "gsm_plus/testmini.jsonl.gz", 2400, {"unanswerable": 300}),
         ("medmcqa", "medmcqa/dev.jsonl", 2816, {"ambiguous": 1}),
         ("medmcqa", "medmcqa/validation_hf_fields.jsonl", 2816, {"ambiguous": 1}),

@@ -91,6 +91,11 @@ def _svamp(values: Values, seed: int) -> Found:
     yield Item(f"{told} {values['Question'].strip()}", gold, answered("", gold), meta=meta)
 
 
+def _mawps(values: Values, seed: int) -> Found:
+    gold = _plain_number(values["target"])
+    yield Item(values["input"].strip(), gold, answered("", gold), meta={"type": values["type"]})
+
+
 def _gsm_plus(values: Values, seed: int) -> Found:
     if values["answer"] in (None, "None"):
         yield UNANSWERABLE
@@ -335,6 +340,10 @@ DATASETS: Mapping[str, Dataset] = {
     "qmsum": Dataset(_qmsum, "short", _TRAIN, _TEST, home="data/ALL/jsonl of github.com/Yale-LILY/QMSum"),
     "math500": Dataset(_math500, "symbolic", None, _TEST, "HuggingFaceH4/MATH-500", instead="math"),
     "svamp": Dataset(_svamp, "numeric", None, Part("train+test", ("test*",)), "ChilleD/SVAMP", instead="gsm8k"),
+    "mawps": Dataset(
+        _mawps, "numeric", None, _TEST, home="data/mawps of github.com/ZubinGou/math-evaluation-harness",
+        instead="gsm8k",
+    ),
     "gsm_plus": Dataset(
         _gsm_plus, "numeric", None, Part("testmini", ("testmini*",)), "qintongli/GSM-Plus", instead="gsm8k",
     ),
