@@ -378,7 +378,7 @@ def train_prm(
     Raises as `training.job.train`, and AgentArkError for the paper's loss where no question has a right step in one
     answer and a wrong one in another: it would teach nothing.
     """
-    objective = PRM(config.terms(), config.temperature)
+    objective = PRM(config.terms(), config.temperature, config.wrong_weight)
     counts = coverage(examples)
     if objective.coefficients.keys() == {"contrastive"} and not counts["contrasted"]:
         raise AgentArkError(

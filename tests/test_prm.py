@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentark_jax.models.config import ModelConfig
-from agentark_jax.models.heads import init_head
+from agentark_jax.models.heads import init_head, step_logits
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.models.transformer import init_params
 from agentark_jax.objectives.config import RELEASE
@@ -164,6 +164,32 @@ def test_cross_entropy_is_that_of_torch(soft):
         ignoring = torch.where(torch.tensor(steps.mask.ravel()), labels.long(), -100)
         expected = torch.nn.functional.cross_entropy(rows, ignoring, ignore_index=-100)
     np.testing.assert_allclose(cross_entropy(logits, steps) / steps.mask.sum(), float(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.5, 4.0])
+def test_wrong_steps_count_by_their_weight_as_torchs_classes_do(weight):
+    steps, logits = some_steps(2), some_logits(2)
+    ignoring = torch.where(torch.tensor(steps.mask.ravel()), torch.tensor(steps.labels.ravel()).long(), -100)
+    rows, classes = torch.tensor(logits.reshape(-1, 2)), torch.tensor([weight, 1.0])
+    expected = torch.nn.functional.cross_entropy(rows, ignoring, weight=classes, ignore_index=-100)
+    total = term_totals(steps, weight)["cross_entropy"]
+    np.testing.assert_allclose(cross_entropy(logits, steps, weight) / total, float(expected), rtol=1e-5)
+
+
+def test_the_weight_of_wrong_steps_is_that_of_the_loss_and_of_its_accuracy():
+    hidden, parts, steps, weight = states(), parameters(), some_steps(3), 3.0
+    totals = term_totals(steps, weight)
+    settings = {"wrong_weight": weight}
+    value, metrics = prm_loss_from_hidden(
+        hidden, parts["head"], None, steps, totals, {"cross_entropy": 1.0}, **settings
+    )
+    logits = step_logits(parts["head"], hidden, steps.ends)
+    np.testing.assert_allclose(value, cross_entropy(logits, steps, weight) / totals["cross_entropy"], rtol=1e-6)
+    agrees = [
+        (logits[place][1] >= logits[place][0], label, 1.0 if label else weight) for place, label, _, _ in listed(steps)
+    ]
+    expected = sum(w for right, label, w in agrees if right == label) / sum(w for *_, w in agrees)
+    np.testing.assert_allclose(metrics["accuracy"], expected, rtol=1e-6)
 
 
 def test_a_right_step_is_contrasted_with_wrong_steps_of_other_agents_on_its_question_alone():

@@ -306,6 +306,7 @@ def test_labels_that_contrast_nothing_are_refused(tiny, examples, tmp_path):
         ({"coefficients": {"contrastive": 0.0}}, "coefficients: .* a factor above zero"),
         ({"coefficients": {}}, "coefficients: .* a factor above zero"),
         ({"temperature": 0.0}, "temperature: 0"),
+        ({"wrong_weight": 0.0}, "wrong_weight: 0"),
         ({"continuations": 0}, "continuations: 0 .* at least 1"),
         ({"questions": 0}, "questions: 0 .* null"),
         ({"turns": 1}, "turns: 1 .* at least 2 for the contrastive"),
@@ -315,6 +316,11 @@ def test_labels_that_contrast_nothing_are_refused(tiny, examples, tmp_path):
 def test_bad_config(values, message):
     with pytest.raises(UsageError, match=message):
         PRMConfig(**values)
+
+
+def test_a_weight_makes_another_model_and_no_weight_the_same():
+    assert PRMConfig(wrong_weight=2.0).fingerprint() != PRMConfig().fingerprint()
+    assert "wrong_weight" not in str(PRMConfig().fingerprint()), "models of before stay what they are"
 
 
 def test_whose_loss():

@@ -36,9 +36,10 @@ class PRM:
 
     coefficients: Mapping[Term, float]
     temperature: float = 0.1
+    wrong_weight: float = 1.0
 
     def totals(self, batch: Mapping[str, Any]) -> dict[Term, Float[Array, ""]]:
-        totals = term_totals(Steps(**batch["steps"]))
+        totals = term_totals(Steps(**batch["steps"]), self.wrong_weight)
         return {term: totals[term] for term in (*self.coefficients, "cross_entropy")}
 
     def loss(
@@ -55,6 +56,7 @@ class PRM:
             totals,
             self.coefficients,
             temperature=self.temperature,
+            wrong_weight=self.wrong_weight,
             **settings,
         )
         return loss, {**metrics, "tokens": (batch["segment_ids"] > 0).sum(), "loss_tokens": metrics["steps"]}
@@ -95,10 +97,10 @@ def project(projector: Projector, h: Float[Array, "*B D"]) -> Float[Array, "*B D
     return outer * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(outer), axis=-1, keepdims=True), 1e-12))
 
 
-def cross_entropy(logits: Float[Array, "B S 2"], steps: Steps) -> Float[Array, ""]:
-    """-Σ y·log p(right) + (1 - y)·log p(wrong), in nats, over the steps with labels y."""
+def cross_entropy(logits: Float[Array, "B S 2"], steps: Steps, wrong_weight: float = 1.0) -> Float[Array, ""]:
+    """-Σ y·log p(right) + w·(1 - y)·log p(wrong), in nats, over the steps with labels y; w is `wrong_weight`."""
     logprobs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    nll = -(steps.labels * logprobs[..., 1] + (1 - steps.labels) * logprobs[..., 0])
+    nll = -(steps.labels * logprobs[..., 1] + wrong_weight * (1 - steps.labels) * logprobs[..., 0])
     return jnp.sum(jnp.where(steps.mask, nll, 0.0))
 
 
@@ -131,13 +133,14 @@ def supervised_contrastive(projected: Float[Array, "B S D"], steps: Steps, tempe
     return -jnp.sum(jnp.sum(jnp.where(alike, logprobs, 0.0), axis=1) / jnp.maximum(counts, 1))
 
 
-def term_totals(steps: Steps) -> dict[Term, Float[Array, ""]]:
-    """The denominators: labelled steps, the labels of anchors with negatives, anchors with something alike.
+def term_totals(steps: Steps, wrong_weight: float = 1.0) -> dict[Term, Float[Array, ""]]:
+    """The denominators: labelled steps, each by its weight, the labels of anchors with negatives, anchors with
+    something alike.
 
     Sum them over micro-batches and devices before `prm_loss`.
     """
     return {
-        "cross_entropy": steps.mask.sum(dtype=jnp.float32),
+        "cross_entropy": _weights(steps, wrong_weight).sum(),
         "contrastive": _contrasts(steps)[0].sum(),
         "supervised_contrastive": _likeness(steps)[0].any(axis=1).sum(dtype=jnp.float32),
     }
@@ -153,6 +156,7 @@ def prm_loss(
     coefficients: Mapping[Term, float],
     *,
     temperature: float = 0.1,
+    wrong_weight: float = 1.0,
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
     attention: AttentionPlan = XLA,
@@ -164,7 +168,8 @@ def prm_loss(
     """
     ids, positions, segment_ids = batch["ids"], batch["positions"], batch["segment_ids"]
     hidden = hidden_states(config, params, ids, positions, segment_ids, remat, dtype, attention)
-    return prm_loss_from_hidden(hidden, head, projector, batch["steps"], totals, coefficients, temperature=temperature)
+    settings: dict[str, float] = {"temperature": temperature, "wrong_weight": wrong_weight}
+    return prm_loss_from_hidden(hidden, head, projector, batch["steps"], totals, coefficients, **settings)
 
 
 def prm_loss_from_hidden(
@@ -176,6 +181,7 @@ def prm_loss_from_hidden(
     coefficients: Mapping[Term, float],
     *,
     temperature: float = 0.1,
+    wrong_weight: float = 1.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`prm_loss` after the trunk. Terms without a coefficient are not computed; an empty one is zero.
 
@@ -184,9 +190,10 @@ def prm_loss_from_hidden(
             nothing else, and so changes no score.
         totals: `term_totals` of the whole optimizer step. Loss and metrics of its micro-batches then add up.
         temperature: of the contrasting terms. The paper tells none; 0.1 is the release's.
+        wrong_weight: how much a wrong step counts in the cross-entropy and its total, where a right one counts 1.
 
-    The metrics: `loss`; each term by its name, without its coefficient; `accuracy`, the share of steps whose likelier
-    label is the given one (right from a half on); `steps`. All float32.
+    The metrics: `loss`; each term by its name, without its coefficient; `accuracy`, the share of steps, weighted as in
+    the cross-entropy, whose likelier label is the given one (right from a half on); `steps`. All float32.
 
     Raises:
         ValueError: there is `supervised_contrastive` but no projector.
@@ -195,7 +202,7 @@ def prm_loss_from_hidden(
     sums: dict[Term, Array] = {}
     for term in coefficients:
         if term == "cross_entropy":
-            sums[term] = cross_entropy(logits, steps)
+            sums[term] = cross_entropy(logits, steps, wrong_weight)
         elif term == "contrastive":
             sums[term] = contrastive(logits, steps, temperature)
         else:
@@ -209,10 +216,15 @@ def prm_loss_from_hidden(
     metrics = {
         **{str(term): mean for term, mean in means.items()},
         "loss": loss,
-        "accuracy": share(jnp.sum(agrees & steps.mask), totals["cross_entropy"]),
+        "accuracy": share(jnp.sum(agrees * _weights(steps, wrong_weight)), totals["cross_entropy"]),
         "steps": steps.mask.sum(),
     }
     return loss, jax.lax.stop_gradient(metrics)
+
+
+def _weights(steps: Steps, wrong_weight: float) -> Float[Array, "B S"]:
+    """What each step counts in the cross-entropy."""
+    return jnp.where(steps.mask, steps.labels + wrong_weight * (1 - steps.labels), 0.0).astype(jnp.float32)
 
 
 def _contrasts(steps: Steps) -> tuple[Float[Array, " N"], Float[Array, "N N"]]:

@@ -28,6 +28,9 @@ class PRMConfig:
         coefficients: factor of each of the terms cross_entropy, contrastive and supervised_contrastive, instead; null
             for what faithful_to says.
         temperature: of the contrasting terms. The paper tells none; 0.1 is the release's.
+        wrong_weight: how much a wrong step counts in the cross-entropy, where a right one counts 1. Of few wrong steps
+            a model learns to call hardly any improbable. With a weight w it calls one so as soon as that is more likely
+            than 1/(1 + w), and what it says is no longer a probability.
         labels: who says which steps are right. consensus: the debate's final answer, for whole answers; debate: where
             the debaters say that the error is; continuations: how many continuations of a step end with the right
             answer; judge: a model that is asked step by step; agreed: answers of which continuations and judge tell the
@@ -44,6 +47,7 @@ class PRMConfig:
     faithful_to: Source = "paper"
     coefficients: dict[Term, float] | None = None
     temperature: float = 0.1
+    wrong_weight: float = 1.0
     labels: LabelSource = "consensus"
     continuations: int = 4
     hard: bool = False
@@ -63,7 +67,9 @@ class PRMConfig:
                 require(term in terms, "coefficients", term, f"a factor of one of {', '.join(terms)}")
                 require(math.isfinite(value) and value >= 0, f"coefficients.{term}", value, "zero or a positive number")
             require(any(given.values()), "coefficients", given, "null, or have a factor above zero")
-        require(self.temperature > 0 and math.isfinite(self.temperature), "temperature", self.temperature, "above zero")
+        for key in ("temperature", "wrong_weight"):
+            value = getattr(self, key)
+            require(value > 0 and math.isfinite(value), key, value, "a positive number")
         require(self.continuations >= 1, "continuations", self.continuations, "at least 1")
         for key in ("questions", "turns"):
             value = getattr(self, key)
@@ -99,4 +105,5 @@ class PRMConfig:
     def fingerprint(self) -> dict[str, Any]:
         """What of this config the trained model depends on, beyond its labels."""
         fits = {"frozen": self.frozen.fingerprint(), "whole": self.whole and self.whole.fingerprint()}
-        return {"objective": {"coefficients": self.terms(), "temperature": self.temperature}, **fits}
+        weights = {} if self.wrong_weight == 1 else {"wrong_weight": self.wrong_weight}
+        return {"objective": {"coefficients": self.terms(), "temperature": self.temperature, **weights}, **fits}
