@@ -556,7 +556,7 @@ class Pipeline:
             evaluate_prm(work, model_directory(judge), self.store, sampled=sampled, debated=said, level=level)
 
         inputs = {"prm": judge, "vote": vote, "debate": debated}
-        return self.run.produce(f"evaluate_{judge.stage}", build, version=2, config={"level": level}, inputs=inputs)
+        return self.run.produce(f"evaluate_{judge.stage}", build, version=3, config={"level": level}, inputs=inputs)
 
     def reinforce(
         self, name: str, start: Manifest, form: Format, judge: Manifest | None, questions: Sequence[Question]

@@ -112,3 +112,24 @@ def test_what_cannot_be_told_is_not():
     assert (apart.auc.mean, apart.auc.low, apart.auc.high) == (1.0, 0.0, 1.0)
     constant = outcome_correlation(candidates([("r", [0.5]), ("w", [0.5])]), "mean")
     assert (constant.auc.mean, constant.point_biserial) == (0.5, None)
+
+
+def test_within_questions_a_score_of_difficulty_alone_tells_nothing():
+    """Every answer to a hard question scores low, right or wrong."""
+    easy, hard = [("r", [0.9]), ("r", [0.9]), ("w", [0.9])], [("w", [0.2]), ("w", [0.2]), ("r", [0.2])]
+    found = outcome_correlation(candidates(*[easy, hard] * 20), "min")
+    assert found.auc.mean == pytest.approx(2 / 3)
+    assert (found.within.mean, found.within.low, found.within.high, found.within.n) == (0.5, 0.0, 1.0, 40)
+    given = candidates(
+        [("r", [0.9]), ("w", [0.1]), ("w", [0.9])],  # above one of two, beside the other
+        [("r", [0.3]), ("r", [0.5]), ("w", [0.4])],
+        [("r", [0.8]), ("r", [0.1])],
+        [("w", [0.8])],
+        [("r", [0.6]), ("w", [0.2])],
+    )
+    shares = [0.75, 0.5, 1.0]
+    within = outcome_correlation(given, "last").within
+    assert (within.mean, within.n) == (np.mean(shares), 3)
+    half = stats.t.ppf(0.975, 2) * np.std(shares, ddof=1) / np.sqrt(3)
+    assert (within.low, within.high) == (pytest.approx(np.mean(shares) - half), 1.0)
+    assert outcome_correlation(given[2:4], "last").within is None

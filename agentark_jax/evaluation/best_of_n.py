@@ -8,7 +8,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy import stats
 
-from agentark_jax.evaluation.statistics import MeanInterval, PairedDifference, paired_difference, wilson_interval
+from agentark_jax.evaluation.statistics import (
+    MeanInterval,
+    PairedDifference,
+    paired_difference,
+    seed_level_interval,
+    wilson_interval,
+)
 from agentark_jax.traces.labels import majority_vote
 
 Aggregate = Literal["min", "mean", "last", "product"]
@@ -65,12 +71,16 @@ class OutcomeCorrelation:
             pairs, also of different questions); its interval is that of Obuchowski (Biometrics 53, 1997), which counts
             answers to a question as a cluster, on the logit scale. None without right or without wrong answers. Where
             its variance is not known (fewer than two questions with either, or no overlap) the interval is 0 to 1.
+        within: the same of pairs of answers to one question, the mean over the questions that have right and wrong
+            ones, with Student's interval; `n` are those questions. Hard questions have wrong answers and low scores: a
+            model that has only learned which are hard has a high AUC, and a half here. None without such a question.
         point_biserial: Pearson's correlation of score and outcome; None where one of them is constant. It has no
             interval: of clustered answers none is known to hold what it promises. Read the AUC's.
         n, questions: how many answers, to how many questions.
     """
 
     auc: MeanInterval | None
+    within: MeanInterval | None
     point_biserial: float | None
     n: int
     questions: int
@@ -116,10 +126,25 @@ def outcome_correlation(
     constant = np.ptp(scores) == 0 or right.all() or not right.any()
     return OutcomeCorrelation(
         auc=_auc(scores, right, clusters, level),
+        within=_within(candidates, aggregate, level),
         point_biserial=None if constant else float(np.corrcoef(scores, right)[0, 1]),
         n=scores.size,
         questions=len(candidates),
     )
+
+
+def _within(candidates: Sequence[Candidates], aggregate: Aggregate, level: float) -> MeanInterval | None:
+    shares = []
+    for each in candidates:
+        scores, right = np.asarray([AGGREGATES[aggregate](s) for s in each.steps]), np.asarray(each.right, bool)
+        if right.any() and not right.all():
+            apart = scores[right][:, None] - scores[~right]
+            shares.append(float(np.mean((np.sign(apart) + 1) / 2)))
+    if not shares:
+        return None
+    known = seed_level_interval(shares, level) if len(shares) > 1 else None
+    low, high = (0.0, 1.0) if known is None else (max(0.0, known.low), min(1.0, known.high))
+    return MeanInterval(float(np.mean(shares)), low, high, len(shares))
 
 
 def _voted(right: Sequence[bool], answers: Sequence[str]) -> bool:
