@@ -17,10 +17,11 @@ from agentark_jax.data.first_errors import READERS, Solution, line_labels, read_
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.first_error_baselines import Found, Judged, compare
 from agentark_jax.evaluation.statistics import MeanInterval, sentence, wilson_interval
-from agentark_jax.evaluation.steps import LabelQuality, first_error, label_quality
+from agentark_jax.evaluation.steps import FirstErrors, LabelQuality, first_error, label_quality
 from agentark_jax.files import atomic_path
 from agentark_jax.progress import Display
 from agentark_jax.records import Question
+from agentark_jax.report import words
 from agentark_jax.stages import Work, read_manifest
 from agentark_jax.tasks.grading import GRADERS, grader
 from agentark_jax.tasks.rows import read_file
@@ -48,8 +49,9 @@ steps that is, "line", and where the first error truly is, "true_line". Solution
 
 Where first errors are marked (by the dataset, or by "first_error" beside "steps": a number from 0, or null if all are
 right) it prints, with Wilson's 95 % intervals, clustered by question: of wrong solutions the share whose first error is
-located exactly (MR-GSM8K's accuracy), of right ones the share that is cleared, their harmonic mean (F1, ProcessBench's)
-and how honest the probabilities are (Brier score, expected calibration error). Two baselines that read nothing stand
+located exactly (MR-GSM8K's accuracy), of right ones the share that is cleared, their harmonic mean (F1, ProcessBench's,
+with an interval from resampled questions: the bootstrap) and how honest the probabilities are (Brier score, expected
+calibration error). Two baselines that read nothing stand
 beside it: `majority` always tells the most frequent first error, `length-only` sees how long steps are and where they
 stand. Both were fitted on the other half of the questions, to the same labels; a model that does not beat them has not
 learned to judge steps.
@@ -64,7 +66,8 @@ Compare labels of the steps of a run's debate: how often sources find the same f
 step several times; with --judge, one is asked of each step; with both, `agreed` is what they tell alike. What they said
 is kept below OUT, so that the same command repeats nothing; files that stages of the run made are found and shown, too,
 as are those of --labels. On the built-in word problems, where each step's truth is known, precision and recall of wrong
-steps, and first errors, are told as well. Intervals are Wilson's at 95 %, clustered by question.
+steps, and first errors, are told as well. Intervals are Wilson's at 95 %, clustered by question; the F1's is from
+resampled questions (bootstrap).
 
   agentark prm labels runs/lab --grader final_answer
   agentark prm labels runs/lab --grader final_answer --speaker runs/lab/model --judge Qwen/Qwen3-0.6B --questions 50
@@ -243,16 +246,27 @@ def _tell(judged: Sequence[Judged], options: Namespace) -> None:
     for who, found in compared.items():
         if found.model_over is not None:
             console.print(Text(sentence(f"first errors told exactly, {name} over {who}", found.model_over)))
+        if found.f1_over is not None:
+            over = found.f1_over
+            interval = words.interval(over.low, over.high, signed=True) or "not known"
+            text = f"F1, {name} over {who}: {words.points(over.difference)} points, 95 % interval {interval}"
+            console.print(Text(text))
 
 
 def _cells(found: Found) -> Iterator[str]:
-    f1 = found.errors.f1
-    yield "–" if f1 is None else f"{100 * f1:.1f}"
+    yield _f1(found.errors)
     yield _interval(found.errors.located)
     yield _interval(found.errors.cleared)
     yield f"{found.calibration.brier:.3f}"
     yield f"{found.calibration.expected_error:.3f}"
     yield f"{found.calibration.n:,}"
+
+
+def _f1(errors: FirstErrors) -> str:
+    if errors.f1 is None:
+        return "–"
+    interval = errors.f1_interval
+    return f"{100 * errors.f1:.1f}" + (f" [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]" if interval else "")
 
 
 def _interval(share: MeanInterval | None) -> str:
@@ -451,6 +465,5 @@ def _qualities(
         quality: LabelQuality = label_quality(labels, truth, {key: asked[key] for key in truth})
         errors = quality.first_errors
         shares = map(_interval, (quality.precision, quality.recall, errors.located, errors.cleared))
-        f1 = "–" if errors.f1 is None else f"{100 * errors.f1:.1f}"
-        table.add_row(Text(plain(name)), f"{quality.labelled:,}", *shares, f1, f"{quality.tokens:,}")
+        table.add_row(Text(plain(name)), f"{quality.labelled:,}", *shares, _f1(errors), f"{quality.tokens:,}")
     return table

@@ -30,7 +30,7 @@ def test_the_majority_is_the_most_frequent_first_error_of_the_other_half():
     assert found[MAJORITY].calibration.brier == pytest.approx(0.6 * 0.4, abs=0.01)
     assert found["model"].errors.cleared.mean == 1
     assert found[MAJORITY].model_over.difference == pytest.approx(30 / 90 - 60 / 90)
-    assert found["model"].model_over is None
+    assert found["model"].model_over is found["model"].f1_over is None
     short = [judged(f"q{i}", 4) for i in range(40)] + [judged(f"s{i}", None, count=2) for i in range(10)]
     assert compare(short, 0.5, name="model")[MAJORITY].errors.cleared.mean == 1, "a fifth step that is not there"
 
@@ -68,12 +68,15 @@ def test_who_reads_beats_both_and_the_interval_says_so():
     for number in range(160):
         error = None if number % 4 == 0 else int(rng.integers(0, 6))
         truth = np.arange(6) < (6 if error is None else error)
-        right = np.clip(np.where(truth, 0.85, 0.1) + rng.normal(size=6) * 0.1, 0, 1)
+        right = np.clip(np.where(truth, 0.85, 0.1) + rng.normal(size=6) * 0.15, 0, 1)
         solutions.append(judged(f"q{number}", error, count=6, right=right))
     found = compare(solutions, 0.5, name="model")
     assert found["model"].errors.f1 > 0.9
     for baseline in (MAJORITY, LENGTH_ONLY):
         assert found[baseline].model_over.low > 0.2
+        assert found[baseline].f1_over.low > 0.2
+        difference = found["model"].errors.f1 - found[baseline].errors.f1
+        assert found[baseline].f1_over.difference == pytest.approx(difference)
         assert found["model"].calibration.brier < found[baseline].calibration.brier
 
 

@@ -92,6 +92,7 @@ def test_probabilities_are_those_of_the_head_where_steps_end(model, tmp_path, ca
     for word in ("F1", "errors located", "right ones cleared", "Brier", "ECE", "the model", "majority", "length-only"):
         assert word in printed
     assert "first errors told exactly, the model over majority:" in printed
+    assert "F1, the model over majority:" in printed
 
 
 def test_the_threshold_says_what_is_an_error(model, tmp_path):

@@ -306,6 +306,32 @@ def test_missing_parts(gone, how):
     assert "# quickstart" in model_card(results, "student")
 
 
+def test_judges_are_shown_with_intervals_where_they_were_stored():
+    def share(value: float) -> dict:
+        return {"mean": value, "low": value - 0.1, "high": value + 0.1, "n": 40}
+
+    over = {"difference": 0.05, "low": -0.02, "high": 0.11}
+    calibration = {"brier": 0.1, "expected_error": 0.05, "n": 300}
+    errors = {"located": share(0.4), "cleared": share(0.8), "f1_interval": [0.4213, 0.6498]}
+    found = {
+        "prm": {"errors": errors, "f1": 0.5333, "calibration": calibration, "model_over": None, "f1_over": None},
+        "majority": {"model_over": over, "f1_over": {"difference": 0.1234, "low": 0.0211, "high": 0.2249}},
+        "length-only": {"model_over": over, "f1_over": {"difference": 0.0321, "low": None, "high": None}},
+    }
+    judge = {"seed": 0, "first_errors": found, "outcome": {"auc": None}, "best_of_n": [{"over_majority": over, "n": 3}]}
+    results = full_results() | {"judges": {"prm": [judge]}}
+    text = Page(render(results, [])).words
+    assert "53.3 [42.1, 65.0]" in text
+    assert "F1 +12.3 [+2.1, +22.5]" in text
+    assert "F1 +3.2" in text
+    # Of a run that was before them.
+    del errors["f1_interval"], found["majority"]["f1_over"], found["length-only"]["f1_over"]
+    old = Page(render(results, [])).words
+    assert "53.3" in old
+    assert "42.1" not in old
+    assert "F1 +" not in old
+
+
 def test_seeds_are_shown():
     results = full_results()
     results["run"]["seeds"] = [0, 1]

@@ -7,9 +7,11 @@ import pytest
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 
+from agentark_jax.evaluation import statistics
 from agentark_jax.evaluation.predictions import Prediction
 from agentark_jax.evaluation.statistics import (
     PairedDifference,
+    bootstrap_interval,
     holm,
     paired_difference,
     seed_level_interval,
@@ -238,6 +240,113 @@ def test_few_questions_raise_no_more_false_alarms(questions, samples):
     assert rate([alarm(result) for result in compare(questions, samples, 0.5, 0.0, 8)])[0] <= 0.05
 
 
+def mean(drawn, values):
+    return drawn @ values / drawn.sum(1)
+
+
+def rowwise(function):
+    """A function of rows as a statistic of how often they were drawn."""
+    return lambda drawn, *columns: [
+        function(*(np.repeat(column, times) for column in columns)) for times in drawn.astype(int)
+    ]
+
+
+def area(drawn, scores, right):
+    """Under the ROC curve, where no right and wrong row have equal scores."""
+    order = np.argsort(scores)
+    good, bad = drawn[:, order] * right[order], drawn[:, order] * ~right[order]
+    return (good * bad.cumsum(1)).sum(1) / (good.sum(1) * bad.sum(1))
+
+
+@pytest.mark.parametrize(("level", "seed"), [(0.95, 0), (0.8, 3)])
+def test_the_bootstrap_is_scipys(level, seed):
+    random = np.random.default_rng(11)
+    x, y = random.lognormal(size=40), random.normal(size=40)
+    settings = {"confidence_level": level, "n_resamples": 500, "method": "percentile", "rng": seed}
+    for function, columns in [(np.mean, [x]), (np.median, [x]), (lambda a, b: np.corrcoef(a, b)[0, 1], [x, y])]:
+        expected = stats.bootstrap(columns, function, paired=True, vectorized=False, **settings).confidence_interval
+        found = bootstrap_interval(rowwise(function), *columns, level=level, resamples=500, seed=seed)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(
+        bootstrap_interval(mean, x, level=level, resamples=500, seed=seed),
+        bootstrap_interval(rowwise(np.mean), x, level=level, resamples=500, seed=seed),
+    )
+
+
+def test_the_bootstrap_draws_whole_questions():
+    random = np.random.default_rng(12)
+    values, questions = random.normal(size=90), np.sort(random.integers(0, 25, 90))
+    sizes = np.bincount(questions)
+
+    def of_questions(drawn, sums, counts):
+        return drawn @ sums / (drawn @ counts)
+
+    # A mean of rows is a ratio of the sums of their questions, of which each is drawn by itself.
+    found = bootstrap_interval(mean, values, clusters=questions)
+    kept = np.flatnonzero(sizes)
+    expected = bootstrap_interval(of_questions, np.bincount(questions, values)[kept], sizes[kept])
+    np.testing.assert_allclose(found, expected)
+    # One row a question is no cluster; four copies of a row say as much as one.
+    alone = bootstrap_interval(mean, values)
+    assert bootstrap_interval(mean, values, clusters=np.arange(90)) == alone
+    copies = bootstrap_interval(mean, np.repeat(values, 4), clusters=np.repeat(np.arange(90), 4))
+    np.testing.assert_allclose(copies, alone)
+    # Names and the order of rows change nothing.
+    order = random.permutation(90)
+    names = np.array([f"q{question:02}" for question in questions])
+    np.testing.assert_allclose(bootstrap_interval(mean, values[order], clusters=names[order]), found)
+
+
+def test_a_seed_draws_the_same_and_batches_change_nothing(monkeypatch):
+    values = np.random.default_rng(13).random(50)
+    found = bootstrap_interval(mean, values, seed=5)
+    assert found == bootstrap_interval(mean, values, seed=5)
+    assert found != bootstrap_interval(mean, values, seed=6)
+    monkeypatch.setattr(statistics, "_BATCH", 50 * 7)
+    np.testing.assert_allclose(bootstrap_interval(mean, values, seed=5), found)
+
+
+@pytest.mark.parametrize(("share", "questions"), [(0.7, 80), pytest.param(0.9, 300, marks=pytest.mark.slow)])
+def test_the_bootstrap_of_clustered_answers_covers(share, questions):
+    groups = np.repeat(np.arange(questions), 4)
+    _, answers = simulate(REPEATS, questions, 4, share, 0.0, seed=questions)
+    columns = answers.reshape(REPEATS, -1).astype(float)
+    intervals = [bootstrap_interval(mean, right, clusters=groups, resamples=400) for right in columns]
+    low, high = rate([low <= share <= high for low, high in intervals])
+    assert low <= 0.95 <= high
+    naive = [bootstrap_interval(mean, right, resamples=400) for right in columns[:300]]
+    assert rate([low <= share <= high for low, high in naive])[1] < 0.95
+
+
+@pytest.mark.slow
+def test_the_bootstrap_of_an_area_under_a_curve_covers():
+    random, questions = np.random.default_rng(14), np.repeat(np.arange(60), 3)
+    hits = []
+    for _ in range(REPEATS):
+        right = random.random(180) < 0.5
+        scores = random.normal(size=60)[questions] + random.normal(size=180) + right
+        low, high = bootstrap_interval(area, scores, right, clusters=questions, resamples=1_000)
+        hits.append(low <= stats.norm.cdf(1 / 2) <= high)
+    assert rate(hits)[0] <= 0.95 <= rate(hits)[1]
+
+
+def test_where_resamples_say_nothing_there_is_no_interval():
+    # No spread is not certainty.
+    assert bootstrap_interval(mean, np.ones(30)) is None
+    assert bootstrap_interval(mean, np.arange(5.0), clusters=np.zeros(5)) is None
+    # Means of some rows: two questions of thirty have any, and one resample of seven none of them.
+    values, some = np.arange(30.0), np.arange(30)
+
+    def of_some(drawn, values, kept):
+        with np.errstate(invalid="ignore"):
+            return drawn @ (values * kept) / (drawn @ kept)
+
+    assert bootstrap_interval(of_some, values, some < 2) is None
+    low, high = bootstrap_interval(of_some, values, some < 5)
+    assert 0 <= low < 2 < high <= 4
+    assert bootstrap_interval(of_some, values, some < 2, level=0.8) == (0, 1)
+
+
 def test_seed_level_interval():
     values = [0.41, 0.44, 0.39, 0.47]
     result = seed_level_interval(values, 0.9)
@@ -324,6 +433,12 @@ def test_sentence():
         (lambda: wilson_interval(np.zeros(0)), "non-empty"),
         (lambda: wilson_interval(np.ones(2), level=95), "level is 95"),
         (lambda: wilson_interval(np.ones(2), np.ones(3)), "equally long"),
+        (lambda: bootstrap_interval(mean), "non-empty.*got none"),
+        (lambda: bootstrap_interval(mean, np.ones(0)), "non-empty"),
+        (lambda: bootstrap_interval(mean, np.ones(3), np.ones(4)), "equally long"),
+        (lambda: bootstrap_interval(mean, np.ones(3), clusters=np.ones(4)), "equally long"),
+        (lambda: bootstrap_interval(mean, np.ones(3), level=1), "level is 1"),
+        (lambda: bootstrap_interval(mean, np.ones(3), resamples=0), "needs resamples; got 0"),
         (lambda: seed_level_interval([0.4]), "at least two"),
         (lambda: seed_level_interval([0.4, np.nan]), "finite"),
         (lambda: holm([0.1, 1.2]), "between 0 and 1"),

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from agentark_jax.evaluation.statistics import MeanInterval, wilson_interval
-from agentark_jax.evaluation.steps import calibration, first_error, first_errors, label_quality
+from agentark_jax.evaluation.steps import calibration, f1_difference, first_error, first_errors, label_quality
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.grading import grader
 from agentark_jax.tasks.word_problems import WordProblems, exact_step_truth
@@ -35,6 +36,71 @@ def test_without_wrong_or_without_right_solutions_there_is_no_f1():
     assert first_errors([], []).f1 is None
     with pytest.raises(ValueError, match="shorter"):
         first_errors([1, 2], [1])
+
+
+def solutions(random, count=120):
+    """Per question two solutions of like difficulty: what is true of each, and what a better and a worse judge tell."""
+    true, better, worse = [], [], []
+    for _ in range(count):
+        hard = random.normal()
+        for _ in range(2):
+            error = int(random.integers(0, 4)) if random.random() < 0.5 else None
+            true.append(error)
+            for told, skill in ((better, 0.8), (worse, 0.0)):
+                told.append(error if hard + random.normal() < skill else 4)
+    return true, better, worse, [f"q{index // 2}" for index in range(2 * count)]
+
+
+def test_the_f1_has_an_interval_and_so_has_a_difference_of_two():
+    true, better, worse, questions = solutions(np.random.default_rng(0))
+    one, other = (first_errors(told, true, questions) for told in (better, worse))
+    for found in (one, other):
+        assert found.f1_interval[0] < found.f1 < found.f1_interval[1]
+    found = f1_difference(better, worse, true, questions)
+    assert found.difference == pytest.approx(one.f1 - other.f1)
+    assert 0 < found.low < found.difference < found.high
+    # What both find hard moves both: the difference is surer than two F1s by themselves.
+    assert found.high - found.low < 0.9 * sum(high - low for low, high in (one.f1_interval, other.f1_interval))
+    swapped = f1_difference(worse, better, true, questions)
+    assert (swapped.low, swapped.high) == (pytest.approx(-found.high), pytest.approx(-found.low))
+    narrow = first_errors(better, true, questions, level=0.5).f1_interval
+    assert one.f1_interval[0] < narrow[0] < narrow[1] < one.f1_interval[1]
+    same = f1_difference(better, better, true, questions)
+    assert (same.difference, same.low, same.high) == (0, None, None)
+
+
+def test_an_f1_of_too_little_has_no_interval():
+    # Of one solution with an error, a third of all resamples have none.
+    found = first_errors([1, *[None] * 20, 2], [1, *[None] * 21])
+    assert found.f1 == pytest.approx(2 * (20 / 21) / (1 + 20 / 21))
+    assert found.f1_interval is None
+    assert first_errors([1, None], [1, None]).f1_interval is None
+    assert f1_difference([1, 0], [None, 1], [1, 1]) is None
+    with pytest.raises(ValueError, match="longer"):
+        f1_difference([1, 2], [1], [1, 2])
+
+
+@pytest.mark.slow
+def test_intervals_of_f1s_and_their_differences_cover():
+    random = np.random.default_rng(1)
+    true, better, worse, _ = solutions(random, 200_000)
+    one, other = (_means(told, true) for told in (better, worse))
+    hits = []
+    for _ in range(1_000):
+        true, better, worse, questions = solutions(random, 80)
+        low, high = first_errors(better, true, questions).f1_interval
+        found = f1_difference(better, worse, true, questions)
+        hits.append((low <= one <= high, found.low <= one - other <= found.high))
+    for count in np.sum(hits, axis=0):
+        interval = stats.binomtest(int(count), len(hits)).proportion_ci(0.99)
+        assert interval.low <= 0.95 <= interval.high
+
+
+def _means(told, true):
+    """The F1 without an interval, of so many that it is the truth."""
+    same = np.asarray([a == b for a, b in zip(told, true, strict=True)])
+    wrong = np.asarray([each is not None for each in true])
+    return stats.hmean([same[wrong].mean(), same[~wrong].mean()])
 
 
 def test_solutions_to_one_question_count_for_less():

@@ -16,7 +16,15 @@ from scipy import optimize
 from scipy.special import expit
 
 from agentark_jax.evaluation.statistics import PairedDifference, paired_difference
-from agentark_jax.evaluation.steps import Calibration, FirstErrors, calibration, first_error, first_errors
+from agentark_jax.evaluation.steps import (
+    Calibration,
+    F1Difference,
+    FirstErrors,
+    calibration,
+    f1_difference,
+    first_error,
+    first_errors,
+)
 from agentark_jax.records import stable_hash
 
 MAJORITY, LENGTH_ONLY = "majority", "length-only"
@@ -56,11 +64,13 @@ class Found:
         calibration: of the probabilities of steps whose label is known.
         model_over: the judged model less this one, paired: the first error, or that there is none, is told exactly.
             None for the model itself.
+        f1_over: the F1 of the judged model less that of this one. None for the model itself, and without an F1.
     """
 
     errors: FirstErrors
     calibration: Calibration
     model_over: PairedDifference | None
+    f1_over: F1Difference | None
 
 
 def compare(judged: Sequence[Judged], threshold: float | None, *, name: str, level: float = 0.95) -> dict[str, Found]:
@@ -92,6 +102,7 @@ def compare(judged: Sequence[Judged], threshold: float | None, *, name: str, lev
             first_errors(lines, true, questions, level=level),
             calibration(np.concatenate(right)[known], truth),
             None if who == name else paired_difference(exact[name], exact[who], np.asarray(questions), level=level),
+            None if who == name else f1_difference(told[name][0], lines, true, questions, level=level),
         )
         for who, (lines, right) in told.items()
     }

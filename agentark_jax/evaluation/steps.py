@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float, Shaped
 
-from agentark_jax.evaluation.statistics import MeanInterval, wilson_interval
+from agentark_jax.evaluation.statistics import MeanInterval, bootstrap_interval, wilson_interval
 from agentark_jax.traces.step_labels import StepLabels
 
 
@@ -17,18 +18,28 @@ class FirstErrors:
     Attributes:
         located: of solutions with an error, the share whose first one is told exactly: MR-GSM8K's first-error accuracy.
         cleared: of solutions without an error, the share in which none is told.
+        f1_interval: of `f1`, by the bootstrap; None where that is not known, or its spread is not.
     """
 
     located: MeanInterval | None
     cleared: MeanInterval | None
+    f1_interval: tuple[float, float] | None
 
     @property
     def f1(self) -> float | None:
         """ProcessBench's: the harmonic mean of both shares, 0 if one is 0, None if one is unknown."""
         if self.located is None or self.cleared is None:
             return None
-        total = self.located.mean + self.cleared.mean
-        return 2 * self.located.mean * self.cleared.mean / total if total else 0.0
+        return float(_harmonic(np.asarray(self.located.mean), np.asarray(self.cleared.mean)))
+
+
+@dataclass(frozen=True)
+class F1Difference:
+    """The F1 of a less that of b on the same solutions, with its interval by the bootstrap (None: not known)."""
+
+    difference: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +84,7 @@ def first_errors(
     *,
     level: float = 0.95,
 ) -> FirstErrors:
-    """Compares first errors (from 0, None for none) of the same solutions, with Wilson's intervals.
+    """Compares first errors (from 0, None for none) of the same solutions, with Wilson's intervals of both shares.
 
     Args:
         told, true: what is told of each solution, and what is true.
@@ -81,10 +92,65 @@ def first_errors(
 
     Raises: ValueError for lists of unequal length.
     """
-    same = np.asarray([mine == other for mine, other in zip(told, true, strict=True)], bool)
-    wrong = np.asarray([each is not None for each in true], bool)
+    same, wrong = _told(told, true), _wrong(true)
     names = None if clusters is None else np.asarray(clusters)
-    return FirstErrors(*(_share(same, kept, names, level) for kept in (wrong, ~wrong)))
+    located, cleared = (_share(same, kept, names, level) for kept in (wrong, ~wrong))
+    known = located is not None and cleared is not None
+    return FirstErrors(
+        located, cleared, bootstrap_interval(_f1, same, wrong, clusters=names, level=level) if known else None
+    )
+
+
+def f1_difference(
+    a: Sequence[int | None],
+    b: Sequence[int | None],
+    true: Sequence[int | None],
+    clusters: Sequence[str] | None = None,
+    *,
+    level: float = 0.95,
+) -> F1Difference | None:
+    """The F1 of what a tells less that of b, as `first_errors` has them; both are judged on every resample.
+
+    None where no solution has an error, or all have. Raises: ValueError for lists of unequal length.
+    """
+    columns = _told(a, true), _told(b, true), _wrong(true)
+
+    def less(drawn: Float[np.ndarray, "resamples n"], a: Any, b: Any, wrong: Any) -> Float[np.ndarray, " resamples"]:
+        return _f1(drawn, a, wrong) - _f1(drawn, b, wrong)
+
+    if not columns[-1].any() or columns[-1].all():
+        return None
+    names = None if clusters is None else np.asarray(clusters)
+    low, high = bootstrap_interval(less, *columns, clusters=names, level=level) or (None, None)
+    return F1Difference(float(less(np.ones((1, len(true))), *columns)[0]), low, high)
+
+
+def _f1(
+    drawn: Float[np.ndarray, "resamples n"], same: Bool[np.ndarray, " n"], wrong: Bool[np.ndarray, " n"]
+) -> Float[np.ndarray, " resamples"]:
+    """The F1 of first errors in each resample; NaN in those that have no solution with an error, or none without.
+
+    Args:
+        drawn: how often each solution was drawn.
+        same: whether its first error, or that it has none, is told as it is.
+        wrong: whether it has one.
+    """
+    with np.errstate(invalid="ignore"):
+        located, cleared = (drawn @ (same & kept) / (drawn @ kept) for kept in (wrong, ~wrong))
+    return _harmonic(located, cleared)
+
+
+def _harmonic(a: Float[np.ndarray, "*any"], b: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """The harmonic mean; 0 if one is 0, NaN if one is."""
+    return 2 * a * b / np.where(a + b == 0, 1.0, a + b)
+
+
+def _told(told: Sequence[int | None], true: Sequence[int | None]) -> Bool[np.ndarray, " n"]:
+    return np.asarray([mine == other for mine, other in zip(told, true, strict=True)], bool)
+
+
+def _wrong(true: Sequence[int | None]) -> Bool[np.ndarray, " n"]:
+    return np.asarray([each is not None for each in true], bool)
 
 
 def calibration(
