@@ -23,6 +23,7 @@ from agentark_jax.progress import Display
 from agentark_jax.records import DEBATE, Label, Turn, Verdict
 from agentark_jax.tasks.config import FieldsConfig
 from agentark_jax.tasks.grading import GRADERS, grader
+from agentark_jax.tasks.grading.bertscore import NAME, BERTScore
 from agentark_jax.tasks.grading.short import SCORES
 from agentark_jax.tasks.rows import read_file
 from agentark_jax.tools import Parser
@@ -137,14 +138,17 @@ negative is one labelled right that it calls wrong or cannot read. Intervals are
 are of the texts that both graders decide.
 
 Of a store's turns with labels of the grader "short" it also says how close they come to the gold answers: means over
-questions, in per cent, with Student's t intervals. These scores decide nothing.
+questions, in per cent, with Student's t intervals. These scores decide nothing. With --bertscore one of them is by the
+embeddings of a model (pip install -e '.[bertscore]'), not rescaled, so that unlike answers have far more than 0.
 
   agentark traces audit --grader numeric --grader symbolic --labelled solutions.jsonl --first 20
   agentark traces audit runs/quickstart
+  agentark traces audit runs/quickstart --bertscore roberta-large
 """
 
 _SAMPLE = "of the turns that the grader can read, this many are judged as well, to compare the two (default: 100)"
 _CONTEXT = "what the judge takes at most without servers; what does not fit stays unparseable (default: 4096)"
+_LAYER = "whose embeddings count (default: what bert-score has found best for a hub id, otherwise the last)"
 _WHOSE = f"whose labels say what is right: {', '.join(GRADERS)}, or the beginning of an id that `label` printed"
 
 # Escape sequences whole, then every other control character but line feed and tab, marks that reorder text, and what
@@ -212,6 +216,10 @@ def traces(arguments: Sequence[str]) -> int:
         "--grader", action="append", choices=GRADERS, default=[], help="one to try on FILE; may be repeated"
     )
     audit.add_argument("--first", type=int, default=10, metavar="N", help="disagreements to list (default: 10)")
+    audit.add_argument(
+        "--bertscore", metavar="MODEL", help="directory or hub id of an encoder: BERTScore by it as well"
+    )
+    audit.add_argument("--bertscore-layer", type=count_of, metavar="N", help=_LAYER)
     audit.set_defaults(run=_audit)
 
     bring = command("import", "debates that others held", _IMPORT)
@@ -446,10 +454,17 @@ def _audit(options: Namespace) -> int:
             if len(labels) < 2 and not free:
                 raise UsageError(f"{options.store} has labels of {len(labels)} graders; an audit compares two or more.")
             if free:
-                console.print(_closeness(scores_by_group(store, free)))
+                near = None if options.bertscore is None else BERTScore(options.bertscore, options.bertscore_layer)
+                console.print(_closeness(scores_by_group(store, free, near), [*SCORES, *([NAME] if near else [])]))
+                if near:
+                    console.print(Text(plain(f"{NAME} by layer {near.layer} of {options.bertscore}, F1, not rescaled")))
+            elif options.bertscore is not None:
+                raise UsageError(f"{options.store} has no labels of the grader short, whose turns --bertscore is for.")
         if len(labels) > 1:
             console.print(_agreements(_verdicts(labels)))
         return 0
+    if options.bertscore is not None:
+        raise UsageError("--bertscore says how close a store's free answers come; give the store, without --labelled.")
     if not options.grader:
         raise UsageError(f"--labelled needs a --grader to try; use one or more of: {', '.join(GRADERS)}.")
     rows = read_labelled(options.labelled)
@@ -493,9 +508,9 @@ def _verdicts(labels: Mapping[str, Mapping[str, Label]]) -> dict[str, list[Verdi
     }
 
 
-def _closeness(groups: Mapping[Group, Mapping[str, Sequence[Sequence[float]]]]) -> Table:
+def _closeness(groups: Mapping[Group, Mapping[str, Sequence[Sequence[float]]]], scores: Sequence[str]) -> Table:
     table = Table(title="how close answers come to the gold ones, %", title_justify="left")
-    for head in ("protocol", "role", "round", "turns", "questions", *SCORES):
+    for head in ("protocol", "role", "round", "turns", "questions", *scores):
         table.add_column(head, justify="left" if head in ("protocol", "role") else "right")
     for (protocol, role, round), questions in sorted(groups.items()):
         means = np.asarray([np.mean(rows, axis=0) for rows in questions.values()])

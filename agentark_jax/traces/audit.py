@@ -8,7 +8,8 @@ from typing import Any
 
 from agentark_jax.errors import UsageError
 from agentark_jax.records import Question, Verdict
-from agentark_jax.tasks.grading.short import SCORES, scores
+from agentark_jax.tasks.grading.bertscore import BERTScore
+from agentark_jax.tasks.grading.short import SCORES, gold_answers, read_free, scores
 from agentark_jax.tasks.rows import read_file
 from agentark_jax.traces.store import TraceStore
 
@@ -61,15 +62,28 @@ def agreement(first: Sequence[Verdict], second: Sequence[Verdict]) -> Agreement:
 Group = tuple[str, str, int]
 
 
-def scores_by_group(store: TraceStore, keys: Iterable[str]) -> dict[Group, dict[str, list[tuple[float, ...]]]]:
-    """How close these turns come to the gold answers, by `SCORES`: in each group, for each question, a row a turn."""
+def scores_by_group(
+    store: TraceStore, keys: Iterable[str], bertscore: BERTScore | None = None
+) -> dict[Group, dict[str, list[tuple[float, ...]]]]:
+    """How close these turns come to the gold answers, by `SCORES` and perhaps, as the last, by BERTScore.
+
+    Returns, of each group, for each question, a row a turn.
+    """
     questions = {question.id: question for question in store.questions()}
-    found: dict[Group, dict[str, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    places, rows, answers, golds = [], [], [], []
     for turn in store.turns(keys=keys, errors=False):
         assert turn.completion is not None
-        call = turn.call
-        row = scores(questions[call.question_id], turn.completion.text)
-        found[call.protocol, call.role, call.round][call.question_id].append(tuple(row[name] for name in SCORES))
+        call, question = turn.call, questions[turn.call.question_id]
+        near = scores(question, turn.completion.text)
+        places.append(((call.protocol, call.role, call.round), question.id))
+        rows.append(tuple(near[name] for name in SCORES))
+        answers.append(read_free(question, turn.completion.text))
+        golds.append(gold_answers(question))
+    if bertscore is not None:
+        rows = [(*row, score) for row, score in zip(rows, bertscore(answers, golds), strict=True)]
+    found: dict[Group, dict[str, list[tuple[float, ...]]]] = defaultdict(lambda: defaultdict(list))
+    for (group, name), row in zip(places, rows, strict=True):
+        found[group][name].append(row)
     return found
 
 
