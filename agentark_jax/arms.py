@@ -39,6 +39,25 @@ LEARNED: dict[Variant, str] = {
 
 
 @dataclass(frozen=True)
+class Judged:
+    """What a process reward model learned from: whose turns, and which labels of their steps.
+
+    `labels`: those that the run's `prm.labels` gives; or `outcome`, the verifier's verdict on the whole answer at each
+    of its steps (token-level verifiers, arXiv 2110.14168), a model that knows nothing of steps; or `random`, those of
+    `prm.labels` dealt out at random among all the steps (`traces.step_labels.dealt`), a placebo.
+    """
+
+    turns: Literal["debate", "samples"] = "debate"
+    labels: Literal["configured", "outcome", "random"] = "configured"
+
+    @property
+    def suffix(self) -> str:
+        """What the names of its stages end with."""
+        parts = (self.turns if self.turns != "debate" else "", self.labels if self.labels != "configured" else "")
+        return "".join(f"_{part}" for part in parts if part)
+
+
+@dataclass(frozen=True)
 class Arm:
     """What one student learns from.
 
@@ -56,7 +75,7 @@ class Arm:
             tokens on the question would have paid for.
         label: what reports call it.
         learns: what it learns from, in words.
-        judged: whose turns trained the process reward model that judges rollouts; None: the verifier alone does.
+        judged: what the process reward model that judges rollouts learned from; None: the verifier alone judges.
     """
 
     source: Source
@@ -65,7 +84,7 @@ class Arm:
     label: str
     learns: str
     budget: bool = False
-    judged: Literal["debate", "samples"] | None = None
+    judged: Judged | None = None
 
     @property
     def generated(self) -> bool:
@@ -110,7 +129,7 @@ CONTROLS = {
 
 
 # Process-aware distillation (PAD): a process reward model, then a policy that learns from what its rollouts earn. And
-# what it is compared with: the same without the debate, or without the model.
+# what it is compared with: the same without the debate, without labels of steps, or without the model.
 REINFORCED = {
     "pad": Arm(
         "rollouts",
@@ -118,7 +137,7 @@ REINFORCED = {
         False,
         "PAD student",
         "what its rollouts earn, judged step by step by a model that learned from the debate",
-        judged="debate",
+        judged=Judged(),
     ),
     "pad_samples": Arm(
         "rollouts",
@@ -126,7 +145,24 @@ REINFORCED = {
         False,
         "PAD student, single-agent judge",
         "what its rollouts earn, judged step by step by a model that learned from independent samples",
-        judged="samples",
+        judged=Judged("samples"),
+    ),
+    "pad_outcome": Arm(
+        "rollouts",
+        None,
+        False,
+        "PAD student, outcome judge",
+        "what its rollouts earn, judged by a model that learned of the debate's answers whether they are right, not of "
+        "their steps",
+        judged=Judged(labels="outcome"),
+    ),
+    "pad_random": Arm(
+        "rollouts",
+        None,
+        False,
+        "PAD student, placebo judge",
+        "what its rollouts earn, judged step by step by a model that learned the debate's labels dealt out at random",
+        judged=Judged(labels="random"),
     ),
     "vr": Arm("rollouts", None, False, "verifier-only student", "which of its rollouts are right"),
 }

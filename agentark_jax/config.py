@@ -127,11 +127,12 @@ class RunConfig:
             kept). Unmatched, for as many steps: `samples_budget` (all correct samples that the debate's tokens pay
             for), `vote_filtered` (samples that agree with their vote), `gold` (the task's rationales), `answer_only`,
             and any `select.variant`. Process-aware distillation: `pad` learns from what its own rollouts earn, judged
-            by a process reward model of the debate, `pad_samples` by one of independent samples, `vr` by the verifier
-            alone; `student_budget` is the student of as many debates as pad's rollouts would pay for. `A_after_B`
-            trains on the data of A from B's student on.
-        prm: how the process reward models of `pad` and `pad_samples` are made.
-        rl: how `pad`, `pad_samples` and `vr` learn from rollouts on the debated questions.
+            by a process reward model of the debate, `pad_samples` by one of independent samples, `pad_outcome` by one
+            that learned of the debate's whole answers whether they are right, `pad_random` by one that learned the
+            labels of pad's dealt out at random, `vr` by the verifier alone; `student_budget` is the student of as many
+            debates as pad's rollouts would pay for. `A_after_B` trains on the data of A from B's student on.
+        prm: how the process reward models of `pad` and all `pad_…` are made.
+        rl: how `pad`, all `pad_…` and `vr` learn from rollouts on the debated questions.
         fit: how every arm is trained on its trajectories.
         curve: further students trained on these shares of the debated questions, each in (0, 1); their accuracy
             against the number of trajectories is a curve in the report.
@@ -175,6 +176,11 @@ class RunConfig:
             raise UsageError(
                 f"select.variant or one of arms is summary, but debate.aggregation is {self.debate.aggregation}: set "
                 "that to summariser, or choose another variant."
+            )
+        if {"pad", "pad_outcome"} <= self.reinforced and self.prm.labels == "outcome":
+            raise UsageError(
+                "prm.labels is outcome, so pad and pad_outcome of arms are one and the same: leave one of them out, or "
+                "choose another source."
             )
         matched = [name for name in self.learned if name in ARMS and ARMS[name].matched]
         told = [name for name in matched if ARMS[name].variant is not None]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from agentark_jax.arms import ARMS, STUDENT, Arm, Source, data_of, start_of
+from agentark_jax.arms import ARMS, STUDENT, Arm, Judged, Source, data_of, start_of
 from agentark_jax.cast import Agents, Cast, model_directory
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
@@ -34,7 +34,7 @@ from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.source import SCRATCH
 from agentark_jax.policy import PolicySampler
-from agentark_jax.process import LABELS, evaluate_prm, label_steps, step_examples, train_prm
+from agentark_jax.process import LABELS, deal_labels, evaluate_prm, label_steps, step_examples, train_prm
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.config import DebateConfig
@@ -57,7 +57,7 @@ from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import Job, for_steps, train
-from agentark_jax.training.prm_config import PAID
+from agentark_jax.training.prm_config import PAID, PRMConfig
 from agentark_jax.training.rl import POLICIES
 from agentark_jax.training.rl_config import verifiable_only
 from agentark_jax.training.rl_job import RLJob, reinforce
@@ -132,7 +132,7 @@ class Pipeline:
         selections = self.select(spoken)
         if until == SELECT:
             return None
-        judges = {kind: self.judge(kind, base, form, *spoken[kind]) for kind in self.judged()}
+        judges = self.judge_all(base, form, spoken)
         students = self.distil_all(base, form, selections, judges, questions["debate"])
         if until == FIT:
             return None
@@ -445,7 +445,7 @@ class Pipeline:
     def sources(self) -> list[Source]:
         """Whose turns are learned from: the debate's first."""
         heard = [each.source for each in self.arms().values() if each.generated]
-        return list(dict.fromkeys(["debate", *heard, *self.judged()]))
+        return list(dict.fromkeys(["debate", *heard, *(each.turns for each in self.judged())]))
 
     def select(
         self, spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]]
@@ -492,15 +492,39 @@ class Pipeline:
         )
         return {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
 
-    def judged(self) -> list[Source]:
-        """Of whose turns process reward models learn."""
+    def judged(self) -> list[Judged]:
+        """What process reward models learn from."""
         return list(dict.fromkeys(each.judged for each in self.arms().values() if each.judged is not None))
 
-    def judge(
-        self, kind: Source, base: Manifest, form: Format, spoken: Manifest, rows: Sequence[labelling.LabelledTurn]
+    def judge_all(
+        self,
+        base: Manifest,
+        form: Format,
+        spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]],
+    ) -> dict[Judged, Manifest]:
+        """The process reward models of the run (PAD, §2.3): labels of the steps of what was said, then the base
+        trained on them."""
+        labels: dict[Judged, Manifest] = {}
+
+        def labelled(kind: Judged) -> Manifest:
+            if kind not in labels:
+                if kind.labels == "random":
+                    labels[kind] = self.deal_labels(kind, labelled(replace(kind, labels="configured")))
+                else:
+                    labels[kind] = self.label_steps(kind, base, form, *spoken[kind.turns])
+            return labels[kind]
+
+        return {kind: self.judge(kind, base, form, labelled(kind)) for kind in self.judged()}
+
+    def prm_settings(self, kind: Judged) -> PRMConfig:
+        """How a process reward model is made, and the labels, if they are not dealt, that it learns."""
+        return replace(self.config.prm, labels="outcome") if kind.labels == "outcome" else self.config.prm
+
+    def label_steps(
+        self, kind: Judged, base: Manifest, form: Format, spoken: Manifest, rows: Sequence[labelling.LabelledTurn]
     ) -> Manifest:
-        """A process reward model of what was said: labels of its steps, then the base trained on them (PAD, §2.3)."""
-        settings, seat = self.config.prm, self.cast.seat(self.cast.model(base, form))
+        """Labels of the steps of what was said; a model that is asked for them is the base."""
+        settings, seat = self.prm_settings(kind), self.cast.seat(self.cast.model(base, form))
         draw = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
 
         def label(work: Work) -> None:
@@ -519,24 +543,46 @@ class Pipeline:
                 judge=seat,
             )
 
-        suffix = "" if kind == "debate" else f"_{kind}"
         asked = {**self.config.engine.fingerprint(), **asdict(draw), "seed": self.seed}
-        labels = self.run.produce(
-            f"step_labels{suffix}",
+        return self.run.produce(
+            f"step_labels{kind.suffix}",
             label,
             version=1,
             config={**settings.labels_fingerprint(), **(asked if settings.labels in PAID else {})},
             inputs={"spoken": spoken, "base": base},
         )
 
+    def deal_labels(self, kind: Judged, labels: Manifest) -> Manifest:
+        """The labels of another stage, dealt out at random among the steps."""
+        return self.run.produce(
+            f"step_labels{kind.suffix}",
+            lambda work: deal_labels(work, labels.directory / LABELS, self.seed),
+            version=1,
+            config={"seed": self.seed},
+            inputs={"labels": labels},
+        )
+
+    def judge(self, kind: Judged, base: Manifest, form: Format, labels: Manifest) -> Manifest:
+        """The process reward model that starts from the base and learns these labels."""
+        settings, model = self.prm_settings(kind), self.cast.model(base, form)
+
         def build(work: Work) -> None:
             self.generation.release()  # training needs the room
             examples, counts = step_examples(form, self.store, load_step_labels(labels.directory / LABELS))
-            train_prm(work, settings, seat.model, self.config.prompt, examples, seed=self.seed, display=self.display)
+            train_prm(
+                work,
+                settings,
+                model,
+                self.config.prompt,
+                examples,
+                labels="random" if kind.labels == "random" else None,
+                seed=self.seed,
+                display=self.display,
+            )
             work.counts |= {"labels": counts}
 
         return self.run.produce(
-            f"prm{suffix}",
+            f"prm{kind.suffix}",
             build,
             version=1,
             config={**settings.fingerprint(), "seed": self.seed},
@@ -637,7 +683,7 @@ class Pipeline:
         base: Manifest,
         form: Format,
         selections: Mapping[str, Selection],
-        judges: Mapping[Source, Manifest],
+        judges: Mapping[Judged, Manifest],
         questions: Sequence[Question],
     ) -> dict[str, Manifest]:
         """Every arm's student; all start from the base but those that go on from another arm's."""
@@ -651,7 +697,8 @@ class Pipeline:
             begun = base if start is None else students[start]
             if data != STUDENT and arms[data].reinforced:
                 kind = arms[data].judged
-                students[name] = self.reinforce(name, begun, form, kind and judges[kind], questions)
+                judge = None if kind is None else judges[kind]
+                students[name] = self.reinforce(name, begun, form, judge, questions)
                 continue
             as_student = data == STUDENT or arms[data].matched or arms[data].source == "debates"
             students[name] = self.distil(

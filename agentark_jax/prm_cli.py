@@ -62,7 +62,8 @@ learned to judge steps.
 _LABELS = """\
 Compare labels of the steps of a run's debate: how often sources find the same first error, and what they cost.
 
-`consensus` and `debate` follow from the debate itself and cost nothing more. With --speaker, a model continues each
+`consensus` and `debate` follow from the debate itself, `outcome` from whether an answer is right; they cost nothing
+more. With --speaker, a model continues each
 step several times; with --judge, one is asked of each step; with both, `agreed` is what they tell alike. What they said
 is kept below OUT, so that the same command repeats nothing; files that stages of the run made are found and shown, too,
 as are those of --labels. On the built-in word problems, where each step's truth is known, precision and recall of wrong
@@ -281,7 +282,14 @@ def _interval(share: MeanInterval | None) -> str:
 def _labels(options: Namespace) -> int:
     from agentark_jax.process import LABELS, answers_of
     from agentark_jax.tasks.word_problems import NAME, exact_step_truth
-    from agentark_jax.traces.step_labels import StepLabels, agreed, by_consensus, by_debate, load_step_labels
+    from agentark_jax.traces.step_labels import (
+        StepLabels,
+        agreed,
+        by_consensus,
+        by_debate,
+        by_outcome,
+        load_step_labels,
+    )
 
     tokenizer = _tokenizer(options)
     sources: dict[str, list[StepLabels]] = {}
@@ -299,15 +307,18 @@ def _labels(options: Namespace) -> int:
         texts = {key: answer.texts for key, answer in answers.items()}
         sources["consensus"] = by_consensus(rows, texts)
         sources["debate"] = by_debate(rows, texts, {key: answer.parents for key, answer in answers.items()})
+        sources["outcome"] = by_outcome(rows, texts)
         bought = _bought(options, store, rows)
     sources |= bought
     if len(bought) == 2:
         sources["agreed"] = agreed(*bought.values())
     # Those of a stage are beside the trace store, and those that this command made below a folder there.
     made = sorted(options.store.parent.glob(f"*/{LABELS}"))
-    sources |= {str(path.relative_to(options.store.parent)): load_step_labels(path) for path in made}
-    sources |= {str(path): load_step_labels(path) for path in options.labels}
     asked = {row.key: row.question_id for row in rows}
+    kept = {str(path.relative_to(options.store.parent)): load_step_labels(path) for path in made}
+    # Not those of a control's turns: what is compared are labels of the debate.
+    sources |= {name: labels for name, labels in kept.items() if any(each.key in asked for each in labels)}
+    sources |= {str(path): load_step_labels(path) for path in options.labels}
     for name, labels in sources.items():
         for each in labels:
             if each.key not in asked:

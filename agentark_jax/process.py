@@ -41,7 +41,10 @@ from agentark_jax.traces.step_labels import (
     by_consensus,
     by_continuations,
     by_debate,
+    by_outcome,
     continuations,
+    dealt,
+    load_step_labels,
     save_step_labels,
 )
 from agentark_jax.traces.store import TraceStore
@@ -161,6 +164,8 @@ def label_steps(
         found = by_consensus(rows, texts)
     elif config.labels == "debate":
         found = by_debate(rows, texts, {key: answer.parents for key, answer in answers.items()})
+    elif config.labels == "outcome":
+        found = by_outcome(rows, texts)
     else:
         with journal(work.directory / PAID, display, f"label steps by {config.labels}") as paid:
             if config.labels == "continuations":
@@ -172,18 +177,26 @@ def label_steps(
                 generation.release()  # the judge may be another model
                 found = agreed(by_speaker, judged(paid))
     found = sorted((each for each in found if each.key in labelled), key=lambda each: each.key)
+    work.counts |= {**counts, "turns": len(asked)}
+    _keep(work, found)
+    return found
+
+
+def deal_labels(work: Work, labels: Path, seed: int) -> None:
+    """The labels of a file, dealt out at random (`traces.step_labels.dealt`): `labels.jsonl`, counted as others are."""
+    _keep(work, dealt(load_step_labels(labels), seed))
+
+
+def _keep(work: Work, found: Sequence[StepLabels]) -> None:
     save_step_labels(work.directory / LABELS, found)
     values = [right for each in found for right in each.right]
     work.tokens = sum(each.tokens for each in found)
     work.counts |= {
-        **counts,
-        "turns": len(asked),
         "labelled": len(found),
         "right": sum(value >= 0.5 for value in values),
         "wrong": sum(value < 0.5 for value in values),
         "tokens": work.tokens,
     }
-    return found
 
 
 def _hard(labels: StepLabels) -> StepLabels:
@@ -360,6 +373,7 @@ def train_prm(
     examples: Sequence[Example],
     validation: Sequence[Example] = (),
     *,
+    labels: str | None = None,
     seed: int,
     display: Display,
 ) -> Path:
@@ -374,6 +388,7 @@ def train_prm(
         prompt: what makes `student.form`.
         examples: with steps (`step_examples`).
         validation: needed where a stage has `eval_every`.
+        labels: what the model's card calls their source; None: as `config` does.
 
     Raises as `training.job.train`, and AgentArkError for the paper's loss where no question has a right step in one
     answer and a wrong one in another: it would teach nothing.
@@ -405,7 +420,7 @@ def train_prm(
                 tokenizer=form.tokenizer.hash,
                 template=form.hash,
                 prompt=prompt,
-                labels=config.labels,
+                labels=labels or config.labels,
                 coefficients={str(term): factor for term, factor in objective.coefficients.items()},
                 temperature=objective.temperature,
                 made_from=made_from,

@@ -27,6 +27,8 @@ _DECIDES = {
     "summariser": "the last round summarised by the base",
 }
 _DEBATE_OPTIONS = ("topology", "peers", "named", "layout", "history", "early_stop")
+# What PAD is compared with, besides the debate's student.
+_BESIDE_PAD = ("student_budget", "vr", "pad_samples", "pad_outcome", "pad_random")
 _TRAINED = {"warm_start_answers": "warm start: answers", "base": "warm start: revision"}
 
 
@@ -252,9 +254,9 @@ def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
             if (start := start_of(name))
         ),
         *(
-            (name, other, f"{label_of(name)} over {label_of(other)}")
-            for name, other in (("pad", "student_budget"), ("pad", "vr"), ("pad", "pad_samples"))
-            if {name, other} <= set(config.arms)
+            ("pad", other, f"{label_of('pad')} over {label_of(other)}")
+            for other in _BESIDE_PAD
+            if {"pad", other} <= set(config.arms)
         ),
         ("debate", "base", "debate of the base over its one answer"),
         ("vote", "base", "vote of the base over its one answer"),

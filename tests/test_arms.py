@@ -14,7 +14,8 @@ from test_run import complete, refused
 from test_selection import Row, keys, make_row, said
 
 from agentark_jax import arms
-from agentark_jax.arms import CONTROLS, LEARNED, check_arms, data_of, label_of, start_of
+from agentark_jax import pipeline as pipeline_module
+from agentark_jax.arms import CONTROLS, LEARNED, Judged, check_arms, data_of, label_of, start_of
 from agentark_jax.config import RunConfig
 from agentark_jax.data.loader import packed_batches
 from agentark_jax.errors import AgentArkError, UsageError
@@ -27,10 +28,12 @@ from agentark_jax.traces.config import SelectionConfig, Variant
 from agentark_jax.traces.labels import labelled_turns
 from agentark_jax.traces.matching import within_budget
 from agentark_jax.traces.selection import load_selection
+from agentark_jax.traces.step_labels import StepLabels, save_step_labels
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import for_steps
+from agentark_jax.training.prm_config import PRMConfig
 
 ARMS = [
     *("control", "samples", "samples_budget", "vote_filtered", "self_refine", "other_peers", "gold", "answer_only"),
@@ -53,10 +56,9 @@ def test_every_variant_is_an_arm_with_words_of_its_own():
         assert arms.ARMS[name].learns
         assert "student" in label_of(name)
     assert len({label_of(name) for name in arms.ARMS}) == len(arms.ARMS)
-    assert {name for name, arm in arms.ARMS.items() if arm.reinforced} == {"pad", "pad_samples", "vr"}
-    assert {name for name, arm in arms.ARMS.items() if not arm.generated} == {
-        *("pad", "pad_samples", "vr", "gold", "answer_only")
-    }
+    reinforced = {"pad", "pad_samples", "pad_outcome", "pad_random", "vr"}
+    assert {name for name, arm in arms.ARMS.items() if arm.reinforced} == reinforced
+    assert {name for name, arm in arms.ARMS.items() if not arm.generated} == reinforced | {"gold", "answer_only"}
     assert label_of("diverse_k2_after_student") == "diverse_k2 student after debate student"
 
 
@@ -215,7 +217,7 @@ def test_whatever_a_selection_depends_on_makes_it_another(tmp_path, change):
 def test_students_start_where_they_should_for_as_many_steps(tmp_path):
     rows = spoken_rows("debate", 30)
     arms = ["control", "gold", "diverse_k2", "diverse_k2_after_student", "student_after_gold", "control_after_gold"]
-    arms += ["vr", "pad_after_student", "student_budget"]
+    arms += ["vr", "pad_after_student", "pad_outcome", "pad_random", "student_budget"]
     pipeline = plain_pipeline(tmp_path, rows, arms=arms, curve=[0.5])
     spoken = {source: (source, rows) for source in pipeline.sources()}
     assert list(spoken) == ["debate", "debates"]
@@ -234,7 +236,12 @@ def test_students_start_where_they_should_for_as_many_steps(tmp_path):
 
     pipeline.distil, pipeline.reinforce = distil, reinforce
     questions = [SimpleNamespace(id=each) for each in sorted({row.question_id for row in rows})]
-    judges = {"debate": "a model of the debate"}
+    judges = {
+        Judged(): "a model of the debate",
+        Judged(labels="outcome"): "a model of outcomes",
+        Judged(labels="random"): "a placebo",
+    }
+    assert pipeline.judged() == list(judges)
     students = pipeline.distil_all(SimpleNamespace(name="base"), None, selections, judges, questions)
     assert list(students) == ["student", *arms, "student_50pct"]
     assert {name: (start.name, steps) for name, (start, _, steps) in told.items()} == {
@@ -251,12 +258,89 @@ def test_students_start_where_they_should_for_as_many_steps(tmp_path):
     assert reinforced == {
         "vr": ("base", None, len(questions)),
         "pad_after_student": ("student", "a model of the debate", len(questions)),
+        "pad_outcome": ("base", "a model of outcomes", len(questions)),
+        "pad_random": ("base", "a placebo", len(questions)),
     }
     assert told["control_after_gold"][1] is selections["control"]
     assert told["student_after_gold"][1] is selections["student"]
     assert told["diverse_k2_after_student"][1] is told["diverse_k2"][1] is selections["diverse_k2"]
     asked = {t.question_id for t in selections["student"].trajectories}
     assert [question.id for question in told["gold"][1]] == sorted(asked)
+
+
+def judged_run(directory: Path, monkeypatch, arms: list[str], **prm) -> tuple[dict, dict, list[str]]:
+    """The manifests of a run's process reward models and their labels, what each learned, and what was made anew."""
+    learned, made = {}, []
+
+    def label_steps(work, config, rows, *_, **__):
+        labels = [StepLabels(f"k{turn}", config.labels, tuple(map(float, row))) for turn, row in enumerate(rows)]
+        save_step_labels(work.directory / "labels.jsonl", labels)
+
+    def train_prm(work, config, model, prompt, examples, *, labels, seed, display):
+        learned[work.directory.name] = labels or config.labels, [each.right for each in examples]
+
+    monkeypatch.setattr(pipeline_module, "label_steps", label_steps)
+    monkeypatch.setattr(pipeline_module, "train_prm", train_prm)
+    monkeypatch.setattr(pipeline_module, "step_examples", lambda form, store, labels: (labels, {}))
+    pipeline = plain_pipeline(directory, [], arms=arms, prm=PRMConfig(**prm))
+    pipeline.run = Run(directory, on_stage=lambda each: None if each.reused else made.append(each.stage))
+    pipeline.seed, pipeline.display, pipeline.task = 3, None, SimpleNamespace(grade=None)
+    pipeline.generation = SimpleNamespace(release=lambda: None)
+    pipeline.cast = SimpleNamespace(seat=lambda model: None, model=lambda stage, form: None, tokenizers=lambda form: [])
+    turns = np.random.default_rng(0).integers(0, 2, (12, 5)).tolist()
+    spoken = {source: (f"turns of {source}", turns) for source in pipeline.sources()}
+    judges = pipeline.judge_all("base", None, spoken)
+    return judges, learned, made
+
+
+def test_each_judge_has_stages_and_labels_of_its_own(tmp_path, monkeypatch):
+    arms = ["pad", "pad_samples", "pad_outcome", "pad_random", "vr"]
+    judges, learned, made = judged_run(tmp_path, monkeypatch, arms)
+    names = [each.stage for each in judges.values()]
+    assert names == ["prm", "prm_samples", "prm_outcome", "prm_random"]
+    assert made == [stage for name in names for stage in (name.replace("prm", "step_labels"), name)]
+    assert {name: source for name, (source, _) in learned.items()} == {
+        "prm": "consensus",
+        "prm_samples": "consensus",
+        "prm_outcome": "outcome",
+        "prm_random": "random",
+    }
+    as_told, placebo = (np.concatenate(learned[name][1]) for name in ("prm", "prm_random"))
+    assert as_told.sum() == placebo.sum()
+    assert (as_told != placebo).any()
+    manifests = {stage: read_manifest(tmp_path / stage) for stage in made}
+    assert manifests["step_labels_random"].inputs == {"labels": manifests["step_labels"].fingerprint}
+    assert manifests["step_labels_outcome"].config["labels"] == "outcome"
+    assert judged_run(tmp_path, monkeypatch, arms)[1:] == ({}, [])
+
+
+def test_a_placebo_alone_needs_the_labels_that_it_deals(tmp_path, monkeypatch):
+    judges, _, made = judged_run(tmp_path, monkeypatch, ["pad_random"])
+    assert made == ["step_labels", "step_labels_random", "prm_random"]
+    assert list(judges) == [Judged(labels="random")]
+
+
+def test_stages_of_a_judge_by_the_runs_own_labels_are_what_they_were(tmp_path, monkeypatch):
+    """Whatever other judges there are: their manifests' slices, from which fingerprints follow."""
+    judged_run(tmp_path, monkeypatch, ["pad", "pad_samples", "pad_random"])
+    for suffix, turns in (("", "debate"), ("_samples", "samples")):
+        labels, prm = (read_manifest(tmp_path / f"{stage}{suffix}") for stage in ("step_labels", "prm"))
+        assert labels.config == {"labels": "consensus", "questions": None, "turns": None}
+        assert labels.inputs == {"spoken": f"turns of {turns}", "base": "base"}
+        assert prm.config.keys() == {"objective", "frozen", "whole", "seed"}
+        assert prm.inputs == {"base": "base", "labels": labels.fingerprint}
+        assert labels.version == prm.version == 1
+
+
+def test_two_arms_that_would_be_one_are_refused():
+    with pytest.raises(UsageError, match=r"prm\.labels is outcome, so pad and pad_outcome of arms are one"):
+        RunConfig(arms=["pad", "pad_outcome"], prm=PRMConfig(labels="outcome"))
+
+
+def test_pad_is_compared_with_all_that_it_might_owe_its_gain_to():
+    beside = ["student_budget", "vr", "pad_samples", "pad_outcome", "pad_random"]
+    found = [b for a, b, _ in _contrasts(RunConfig(arms=["pad", *beside])) if a == "pad"]
+    assert found == ["base", *beside]
 
 
 def test_what_its_grader_cannot_read_is_not_learned_and_all_of_it_is_an_error(tmp_path):

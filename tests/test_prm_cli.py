@@ -227,6 +227,8 @@ def test_free_sources_are_compared_with_each_other_and_with_the_truth(run, speak
     consensus = row_of(printed, "against the truth", "consensus")
     assert "0.0 [0.0," in consensus, "no first error is where the consensus says"
     assert debate.rstrip(" │").endswith("0"), "at no cost"
+    outcome = row_of(printed, "against the truth", "outcome")
+    assert outcome.split("│")[2:] == consensus.split("│")[2:], "here the consensus is right"
 
 
 def test_labels_of_files_and_of_stages_are_shown(run, speaker, tmp_path, capsys):
@@ -244,6 +246,9 @@ def test_labels_of_files_and_of_stages_are_shown(run, speaker, tmp_path, capsys)
     save_step_labels(place, [StepLabels(keys[0], "continuations", (1.0,), 1234)])
     assert labels_of(run, speaker) == 2
     assert f"turn {keys[0]} has {counts[keys[0]]} steps but 1 labels" in capsys.readouterr().err
+    save_step_labels(place, [StepLabels("f" * 24, "continuations", (1.0,), 1234)])
+    assert labels_of(run, speaker) == 0
+    assert "prm_labels" not in capsys.readouterr().out, "a control's turns are none of the debate's"
     place.unlink()
     save_step_labels(tmp_path / "other.jsonl", [StepLabels("f" * 24, "judge", (1.0,), 5)])
     assert labels_of(run, speaker, "--labels", str(tmp_path / "other.jsonl")) == 2

@@ -16,12 +16,12 @@ from agentark_jax.data.render import PlainFormat
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.engines.base import TooLong
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.process import LABELS, PAID, Journal, label_steps, step_examples
+from agentark_jax.process import LABELS, PAID, Journal, deal_labels, label_steps, step_examples
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.stages import Work
 from agentark_jax.traces.labels import grade_turns, labelled_turns
-from agentark_jax.traces.step_labels import StepJudge, load_step_labels
+from agentark_jax.traces.step_labels import StepJudge, StepLabels, dealt, load_step_labels
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.training.prm_config import PRMConfig
 
@@ -132,6 +132,50 @@ def test_free_sources_cost_nothing_and_write_what_they_say(form, store, tmp_path
         assert work.counts["labelled"] == len(found)
         assert work.counts["right"] + work.counts["wrong"] == sum(len(each.right) for each in found)
         assert not (tmp_path / source / PAID).exists()
+
+
+def test_outcome_labels_are_the_verdicts_on_whole_answers(form, store, tmp_path):
+    unreadable = turn_of(form, QUESTIONS[0], "1+1=2\nso be it", agent=3)
+    store.record(unreadable)
+    questions = {question.id: question for question in QUESTIONS}
+    store.put_labels(grade_turns([unreadable], questions, TASK.grade, TASK.grader_id))
+    found, work = label(tmp_path / "o", store, form, "outcome")
+    verdicts = {row.key: row.verdict for row in labelled_turns(store, TASK.grader_id)}
+    assert verdicts[unreadable.key] == "unparseable"
+    assert {each.key: set(each.right) for each in found} == {
+        key: {float(verdict == "right")} for key, verdict in verdicts.items()
+    }
+    assert (work.tokens, work.counts["labelled"], work.counts["turns"]) == (0, 13, 13)
+
+
+def test_dealt_labels_keep_their_numbers_and_not_their_places(form, store, tmp_path):
+    _, work = label(tmp_path / "c", store, form, "continuations", Speaker(form, of=3))
+    told = load_step_labels(tmp_path / "c" / LABELS)
+    drawn = {}
+    for seed in (1, 1, 2):
+        placebo = Work(tmp_path / f"dealt{seed}")
+        placebo.directory.mkdir(exist_ok=True)
+        deal_labels(placebo, tmp_path / "c" / LABELS, seed)
+        found = load_step_labels(placebo.directory / LABELS)
+        assert found == drawn.setdefault(seed, found)
+        for name in ("labelled", "right", "wrong"):
+            assert placebo.counts[name] == work.counts[name] > 0
+        assert placebo.tokens == 0
+        values, others = ([right for each in labels for right in each.right] for labels in (told, found))
+        assert sorted(values) == sorted(others)
+        assert values != others
+        assert [(each.key, len(each.right)) for each in found] == [(each.key, len(each.right)) for each in told]
+    assert drawn[1] != drawn[2]
+
+
+def test_what_is_dealt_says_nothing_of_what_it_was():
+    """Over many steps: the chance that a right step stays right is the share of right ones."""
+    told = [StepLabels(f"k{turn:03}", "s", (float(turn % 4 > 0),) * 5) for turn in range(400)]
+    found = [right for each in dealt(told, 0) for right in each.right]
+    kept = [now for now, before in zip(found, (r for each in told for r in each.right), strict=True) if before]
+    assert sum(found) == len(kept) == 1500
+    assert 0.72 < sum(kept) / len(kept) < 0.78
+    assert sum(len(set(each.right)) > 1 for each in dealt(told, 0)) > 200, "steps of one answer go apart"
 
 
 def test_continuations_find_the_step_and_equal_beginnings_are_paid_for_once(form, store, tmp_path):

@@ -3,8 +3,9 @@
 What a debate came to on a question is its consensus: the answer of more than half of the voters in its last round. The
 paper (arXiv 2602.03955, §3 and B.1) calls a step right if it is "consistent with the debate consensus" and does not say
 how that is found out of a step; its code labels whole answers. Here `by_consensus` takes it from the final answer and
-`by_debate` from where the debaters say that the error is: for both, the debate has been paid for. `by_continuations`
-and `StepJudge` ask a model again, and tell what they cost. Labels of all sources are of the same steps (`data.steps`).
+`by_debate` from where the debaters say that the error is: for both, the debate has been paid for. `by_outcome` knows
+the gold answer, and nothing of steps. `by_continuations` and `StepJudge` ask a model again, and tell what they cost.
+Labels of all sources are of the same steps (`data.steps`).
 
 In `by_debate` and `StepJudge` a first wrong step makes all after it wrong.
 """
@@ -149,6 +150,36 @@ def first_rejected(shown: Sequence[str], critique: Sequence[str]) -> int | None:
         if any(map(str.isalnum, step)) and any(cited.search(text) for text in rejections):
             return index
     return None
+
+
+def by_outcome(rows: Iterable[LabelledTurn], texts: StepTexts) -> list[StepLabels]:
+    """Every step of a turn is right if its answer is, by the grader; an answer that cannot be read is not.
+
+    These are the labels of an outcome reward model that judges at every step (Cobbe et al. 2021, arXiv 2110.14168,
+    §4.2: a verifier trained at every token of a solution to predict whether its final answer is correct).
+    """
+    return [
+        StepLabels(row.key, "outcome", (float(row.right),) * len(texts[row.key]))
+        for row in rows
+        if row.role not in (JUDGE, SUMMARISER)
+    ]
+
+
+def dealt(labels: Iterable[StepLabels], seed: int) -> list[StepLabels]:
+    """The same labels at other steps: all of them dealt out at random among all of these turns' steps; free of cost.
+
+    How many steps have which label stays, and which turns and steps are labelled; nothing is left of why. `seed`
+    decides: the steps, in the order of their hashes with it, get the labels in the order of the steps.
+    """
+    labels = sorted(labels, key=lambda each: each.key)
+    places = [(each.key, index) for each in labels for index in range(len(each.right))]
+    values = [right for each in labels for right in each.right]
+    drawn = sorted(places, key=lambda place: stable_hash([seed, "dealt", *place]))
+    given = dict(zip(drawn, values, strict=True))
+    return [
+        StepLabels(each.key, "random", tuple(given[each.key, index] for index in range(len(each.right))))
+        for each in labels
+    ]
 
 
 async def by_continuations(

@@ -8,7 +8,7 @@ from agentark_jax.errors import require
 from agentark_jax.objectives.config import PAPER, RELEASE, Term
 from agentark_jax.training.config import FitConfig
 
-LabelSource = Literal["consensus", "debate", "continuations", "judge", "agreed"]
+LabelSource = Literal["consensus", "debate", "outcome", "continuations", "judge", "agreed"]
 Source = Literal["paper", "release"]
 
 # Those whose labels take further calls of a model.
@@ -32,9 +32,9 @@ class PRMConfig:
             a model learns to call hardly any improbable. With a weight w it calls one so as soon as that is more likely
             than 1/(1 + w), and what it says is no longer a probability.
         labels: who says which steps are right. consensus: the debate's final answer, for whole answers; debate: where
-            the debaters say that the error is; continuations: how many continuations of a step end with the right
-            answer; judge: a model that is asked step by step; agreed: answers of which continuations and judge tell the
-            same. The first two cost nothing but the debate.
+            the debaters say that the error is; outcome: the verifier, for whole answers; continuations: how many
+            continuations of a step end with the right answer; judge: a model that is asked step by step; agreed:
+            answers of which continuations and judge tell the same. The first three cost nothing but the debate.
         continuations: how many of each step.
         hard: take a step for right, fully, if it may be (Math-Shepherd's hard estimation: any continuation ends right),
             instead of the share of continuations as it is. The other sources are hard by themselves.
