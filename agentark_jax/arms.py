@@ -15,7 +15,16 @@ STUDENT, CONTROL = "student", "control"
 AFTER = "_after_"
 
 Source = Literal[
-    "debate", "debates", "samples", "self_refine", "other_peers", "hinted", "rationales", "answers", "rollouts"
+    "debate",
+    "verified",
+    "debates",
+    "samples",
+    "self_refine",
+    "other_peers",
+    "hinted",
+    "rationales",
+    "answers",
+    "rollouts",
 ]
 
 
@@ -62,11 +71,11 @@ class Arm:
     """What one student learns from.
 
     Attributes:
-        source: turns of the `debate`, of as many `debates` of each question as a policy's rollouts would pay for, of
-            independent `samples` of the agents, of a debate in which they hear nobody (`self_refine`) or what was said
-            on other questions (`other_peers`), of agents that were told the right answer (`hinted`); or the task's own
-            `rationales` or bare `answers` to the student's questions; or the student's own `rollouts`, from what they
-            earn.
+        source: turns of the `debate`, or its last-round answers as `verified` by a model that is told no right answer;
+            turns of as many `debates` of each question as a policy's rollouts would pay for, of independent `samples`
+            of the agents, of a debate in which they hear nobody (`self_refine`) or what was said on other questions
+            (`other_peers`), of agents that were told the right answer (`hinted`); or the task's own `rationales` or
+            bare `answers` to the student's questions; or the student's own `rollouts`, from what they earn.
         variant: which turns (`traces.config`); None: those that the run's `select` says.
         matched: it has the student's questions, and of each as many trajectories, of as many tokens, as the student
             (`traces.matching`). Those are questions on which somebody was right, even where the variant asks no gold
@@ -125,6 +134,13 @@ CONTROLS = {
     ),
     "majority": Arm("debate", "majority", True, "majority student", LEARNED["majority"]),
     "random": Arm("debate", "random", True, "random student", LEARNED["random"]),
+    "verifier": Arm(
+        "verified",
+        "all_correct",
+        True,
+        "verifier-selected student",
+        "last-round answers that the base, told no right answer, says are right",
+    ),
 }
 
 

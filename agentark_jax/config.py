@@ -123,14 +123,15 @@ class RunConfig:
         arms: students beside the debate's own, each trained on other data and compared with it. Controls have its
             questions and as many and as long trajectories of each: `control` (correct round-1 answers), `samples`
             (independent samples), `self_refine` (no peers in sight), `other_peers` (peers' answers are of another
-            question), `hinted` (agents know the right answer), `majority` and `random` (no gold answer decides what is
-            kept). Unmatched, for as many steps: `samples_budget` (all correct samples that the debate's tokens pay
-            for), `vote_filtered` (samples that agree with their vote), `gold` (the task's rationales), `answer_only`,
-            and any `select.variant`. Process-aware distillation: `pad` learns from what its own rollouts earn, judged
-            by a process reward model of the debate, `pad_samples` by one of independent samples, `pad_outcome` by one
-            that learned of the debate's whole answers whether they are right, `pad_random` by one that learned the
-            labels of pad's dealt out at random, `vr` by the verifier alone; `student_budget` is the student of as many
-            debates as pad's rollouts would pay for. `A_after_B` trains on the data of A from B's student on.
+            question), `hinted` (agents know the right answer), `majority`, `random` and `verifier` (no gold answer
+            decides what is kept, but the vote, chance, or the base, asked what is right). Unmatched, for as many steps:
+            `samples_budget` (all correct samples that the debate's tokens pay for), `vote_filtered` (samples that agree
+            with their vote), `gold` (the task's rationales), `answer_only`, and any `select.variant`. Process-aware
+            distillation: `pad` learns from what its own rollouts earn, judged by a process reward model of the debate,
+            `pad_samples` by one of independent samples, `pad_outcome` by one that learned of the debate's whole answers
+            whether they are right, `pad_random` by one that learned the labels of pad's dealt out at random, `vr` by
+            the verifier alone; `student_budget` is the student of as many debates as pad's rollouts would pay for.
+            `A_after_B` trains on the data of A from B's student on.
         prm: how the process reward models of `pad` and all `pad_…` are made.
         rl: how `pad`, all `pad_…` and `vr` learn from rollouts on the debated questions.
         fit: how every arm is trained on its trajectories.

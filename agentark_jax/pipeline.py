@@ -62,6 +62,7 @@ from agentark_jax.training.rl import POLICIES
 from agentark_jax.training.rl_config import verifiable_only
 from agentark_jax.training.rl_job import RLJob, reinforce
 from agentark_jax.training.state import partition
+from agentark_jax.verifier import last_answers, verify
 
 WARM_START, GREEDY, ONCE, SAMPLED = "warm_start", "single_greedy", "single_once", "single_sampled"
 
@@ -126,9 +127,15 @@ class Pipeline:
         if until == WARM_UP:
             return None
         agents = Agents(base, team, self.cast.seats(self.cast.model(base, form), team))
-        spoken = {source: self.speak(source, agents, questions_stage, questions["debate"]) for source in self.sources()}
+        spoken: dict[Source, tuple[Manifest, list[labelling.LabelledTurn]]] = {
+            source: self.speak(source, agents, questions_stage, questions["debate"])
+            for source in self.sources()
+            if source != "verified"
+        }
         if until == DEBATE_PART:
             return None
+        if "verified" in self.sources():
+            spoken["verified"] = self.verify(base, form, *spoken["debate"])
         selections = self.select(spoken)
         if until == SELECT:
             return None
@@ -447,6 +454,33 @@ class Pipeline:
         heard = [each.source for each in self.arms().values() if each.generated]
         return list(dict.fromkeys(["debate", *heard, *(each.turns for each in self.judged())]))
 
+    def verify(
+        self, base: Manifest, form: Format, spoken: Manifest, rows: Sequence[labelling.LabelledTurn]
+    ) -> tuple[Manifest, list[labelling.LabelledTurn]]:
+        """The debate's last-round answers with verdicts of the base, which is told no right answer, in the place of the
+        grader's. Raises AgentArkError where it calls none of them right."""
+        seat, answers = self.cast.seat(self.cast.model(base, form)), last_answers(rows)
+        keys = [row.key for row in answers]
+
+        def build(work: Work) -> None:
+            verify(work, answers, self.store, generation=self.generation, seat=seat, display=self.display)
+            (work.directory / "keys.json").write_text(json.dumps(keys))
+
+        stage = self.run.produce(
+            "verdicts",
+            build,
+            version=1,
+            config=self.config.engine.fingerprint(),
+            inputs={"spoken": spoken, "base": base},
+        )
+        if not stage.counts["right"]:
+            told = ", ".join(f"{stage.counts[name]} {name}" for name in ("wrong", "unparseable", "too_long"))
+            raise AgentArkError(
+                f"arms: verifier learns what the base calls right, and of {len(keys)} last-round answers it calls none "
+                f"right ({told}). Leave verifier out, or take a model.source that can tell."
+            )
+        return stage, labelling.labelled_turns(self.store, stage.counts["grader"], keys=keys)
+
     def select(
         self, spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]]
     ) -> dict[str, Selection]:
@@ -472,7 +506,8 @@ class Pipeline:
             chosen |= {name: choose(each) for name, each in arms.items()}
             for name, selection in chosen.items():
                 check_filled(name, selection)
-            matched = match({name: chosen[name] for name in (STUDENT, *controls)}, settings.seed)
+            blind = {name for name in controls if arms[name].source == "verified"}
+            matched = match({name: chosen[name] for name in (STUDENT, *controls)}, settings.seed, blind)
             chosen |= matched.selections
             for share in self.config.curve:
                 chosen[share_name(share)] = subset(chosen[STUDENT], share, settings.seed)

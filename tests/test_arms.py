@@ -34,6 +34,7 @@ from agentark_jax.traces.variants import select
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import for_steps
 from agentark_jax.training.prm_config import PRMConfig
+from agentark_jax.verifier import last_answers
 
 ARMS = [
     *("control", "samples", "samples_budget", "vote_filtered", "self_refine", "other_peers", "gold", "answer_only"),
@@ -189,6 +190,7 @@ def test_each_control_has_its_source_and_its_choice():
         "hinted": ("hinted", "round1_only"),
         "majority": ("debate", "majority"),
         "random": ("debate", "random"),
+        "verifier": ("verified", "all_correct"),
     }
 
 
@@ -201,6 +203,27 @@ def test_a_draw_from_the_students_own_debate_does_not_follow_the_student(tmp_pat
     assert count == len(chosen["student"].trajectories) >= 45
     assert all(right[key] for key in keys(chosen["student"]))
     assert 0.15 < sum(not right[key] for key in keys(chosen["random"])) / count < 0.55, "one of three is wrong"
+
+
+def test_a_verifier_decides_in_the_place_of_the_gold_answer(tmp_path):
+    """It takes, in its own order, what it calls right of the last round, however the student's lengths are."""
+    rows = spoken_rows("debate", 60)
+    # Of each question it calls the answers of two agents right, whoever is.
+    told = [
+        replace(row, verdict="right" if row.agent != (int(row.question_id[1:]) + 1) % 3 else "wrong", answer="")
+        for row in last_answers(rows)
+    ]
+    sources = {"debate": rows, "verified": told}
+    chosen = selected(tmp_path / "a", sources, select=SelectionConfig(per_question=1), arms=["verifier"])
+    right = {row.key: row.right for row in rows}
+    called = {row.key for row in told if row.right}
+    found = chosen["verifier"].trajectories
+    assert len(found) == len(chosen["student"].trajectories) >= 30
+    assert {t.question_id for t in found} == {t.question_id for t in chosen["student"].trajectories}
+    assert {t.turn_key for t in found} <= called
+    assert 0.3 < sum(not right[t.turn_key] for t in found) / len(found) < 0.7, "of two that it calls right one is wrong"
+    first = {row.question_id: row.key for row in reversed(told) if row.right}
+    assert all(t.turn_key == first[t.question_id] for t in found)
 
 
 @pytest.mark.parametrize("change", [{"select": SelectionConfig(seed=1)}, {"arms": ["random"]}, {"curve": [0.25]}])

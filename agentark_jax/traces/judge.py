@@ -59,11 +59,12 @@ class Judge:
 
     Attributes:
         too_long: how many solutions did not fit the engine's context with their questions, so far.
+        tokens: what was read and written, so far.
     """
 
     def __init__(self, engine: Engine, form: Format, *, blind: bool = False) -> None:
         self._engine, self._form, self._blind = engine, form, blind
-        self.too_long = 0
+        self.too_long = self.tokens = 0
         told = _ASK + ("" if blind else _GOLD + _OR) + _SOLUTION
         words = stable_hash([told, _REPLY, ALLOWED, _SHOWN, form.hash])[:8]
         self.id = f"{'verifier-1' if blind else 'judge-2'}:{engine.model}:{engine.weights}:{words}"
@@ -77,14 +78,23 @@ class Judge:
             AgentArkError: the engine cannot serve the request for another reason.
         """
         try:
-            verdict, _ = await ask(self._engine, self._form, self._told(question), text[-_SHOWN:], _REPLY)
+            told = self._told(question, self._blind)
+            verdict, completion = await ask(self._engine, self._form, told, text[-_SHOWN:], _REPLY)
         except TooLong:
             self.too_long += 1
             return "unparseable"
+        self.tokens += completion.prompt_tokens + len(completion.ids)
         return verdict
 
-    def _told(self, question: Question) -> str:
-        if self._blind:
+    @classmethod
+    def length(cls, form: Format, question: Question, text: str, *, blind: bool = False) -> int:
+        """How many tokens of context the request about a text takes."""
+        shown = form.tokenizer.encode(text[-_SHOWN:])
+        return sum(map(len, form.instruction([cls._told(question, blind), shown, _REPLY]))) + MAX_TOKENS
+
+    @staticmethod
+    def _told(question: Question, blind: bool) -> str:
+        if blind:
             return _ASK.format(question=question.prompt) + _SOLUTION
         gold = _GOLD.format(answer=_OR.join(gold_answers(question)))
         return _ASK.format(question=question.asked) + gold + _SOLUTION

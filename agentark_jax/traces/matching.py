@@ -60,14 +60,15 @@ class Match:
         }
 
 
-def match(arms: Mapping[str, Selection], seed: int) -> Match:
+def match(arms: Mapping[str, Selection], seed: int, blind: Set[str] = frozenset()) -> Match:
     """Make arms alike in volume, whatever else they differ in.
 
     All keep the same questions, of each question the same number of trajectories, the same number of completion tokens
     within 1 % (of the fewest), and lengths alike (`Likeness`) to those of the first arm. Of a question of which
     it has more than another arm, the first arm keeps what it prefers, and the others what is nearest in length to that.
     Only those that ask no gold answer keep what they prefer, too: they may choose among the turns of which the first
-    arm took the right ones, and the nearest in length to those are themselves. Questions that an arm lacks, and then
+    arm took the right ones, and the nearest in length to those are themselves. `blind` names further ones: what is
+    right was not told to them by a gold answer. Questions that an arm lacks, and then
     those whose lengths are in the way, are given up by all arms; `seed` decides between equal ones.
 
     Raises:
@@ -82,7 +83,7 @@ def match(arms: Mapping[str, Selection], seed: int) -> Match:
     first, *others = arms
     chosen = {first: _preferred(arms[first], number)}
     for name in others:
-        prefers = arms[name].variant in GOLDLESS
+        prefers = name in blind or arms[name].variant in GOLDLESS
         chosen[name] = _preferred(arms[name], number) if prefers else _nearest(arms[name], chosen[first])
     kept = _alike([[[_length(t) for t in of_arm[question]] for question in shared] for of_arm in chosen.values()])
     if not kept:
