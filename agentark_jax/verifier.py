@@ -19,12 +19,15 @@ from agentark_jax.traces.store import TraceStore
 
 
 def last_answers(rows: Iterable[LabelledTurn]) -> list[LabelledTurn]:
-    """What the debaters of each question answered in its last round, in the order of `rows`."""
+    """What the debaters of each question answered in its last round, in the order of `rows`, if it can be read.
+
+    An answer that the grader cannot read may be right, but neither the vote nor chance (`majority`, `random`) takes it.
+    """
     said = [row for row in rows if row.role not in (JUDGE, SUMMARISER)]
     last: dict[str, int] = {}
     for row in said:
         last[row.question_id] = max(row.round, last.get(row.question_id, 0))
-    return [row for row in said if row.round == last[row.question_id]]
+    return [row for row in said if row.round == last[row.question_id] and row.verdict != "unparseable"]
 
 
 def verify(

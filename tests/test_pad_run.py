@@ -17,6 +17,9 @@ import real_server
 from agentark_jax.models.config import load_config
 from agentark_jax.models.heads import load_heads
 from agentark_jax.models.weights import weights_fingerprint
+from agentark_jax.process import LABELS
+from agentark_jax.traces.selection import load_selection
+from agentark_jax.traces.step_labels import load_step_labels
 from agentark_jax.traces.store import TraceStore
 
 pytestmark = pytest.mark.slow
@@ -24,6 +27,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 CONFIGS = [ROOT / "tests" / "tiny.yaml", ROOT / "tests" / "tiny_pad.yaml"]
 NAME = "tiny_pad"
+STEP_LABELS = ("step_labels", "step_labels_outcome", "step_labels_random")
 # What follows from rollouts, and is made again when it is gone.
 REINFORCED = ("vr", "pad", "evaluate_vr", "evaluate_pad")
 
@@ -92,6 +96,36 @@ def test_a_policy_learns_from_rollouts_judged_by_a_model_of_the_debate(finished)
     assert {"vr", "pad", "student_budget"} <= results["arms"].keys()
     assert {("pad", "vr"), ("pad", "student_budget")} <= {(each["a"], each["b"]) for each in results["differences"]}
     assert "Rollouts by iteration" in (finished / "report.html").read_text()
+
+
+def test_judges_that_know_nothing_of_steps_and_a_verifier(finished, tmp_path):
+    """Beside what is there: an outcome judge, a placebo, and a student of what the base itself calls right."""
+    directory = tmp_path / NAME
+    shutil.copytree(finished, directory)
+    arms = ["verifier", "pad_outcome", "pad_random"]
+    options = ("--update", "--rl.iterations", "2", "--arms", f"[{', '.join(arms)}]")
+    complete(tmp_path, *options)
+    told = {stage: load_step_labels(directory / stage / LABELS) for stage in STEP_LABELS}
+    with TraceStore(directory / "traces.sqlite", read_only=True) as store:
+        (grader,) = {name for name in store.graders() if not name.startswith("verifier")}
+        verdicts = {key: label.verdict for key, label in store.labels(grader).items()}
+        chosen = [t.turn_key for t in load_selection(directory / "select" / "verifier.parquet").trajectories]
+        called = store.labels(counts(directory, "verdicts")["grader"])
+    assert {each.key: set(each.right) for each in told["step_labels_outcome"]} == {
+        each.key: {float(verdicts[each.key] == "right")} for each in told["step_labels_outcome"]
+    }
+    values, placebo = ([x for each in told[stage] for x in each.right] for stage in STEP_LABELS[::2])
+    assert sorted(values) == sorted(placebo)
+    assert values != placebo
+    assert len({counts(directory, stage)["revision"] for stage in ("prm", "prm_outcome", "prm_random")}) == 3
+    assert len({counts(directory, arm)["revision"] for arm in ("base", "student", *arms)}) == 5
+    assert chosen
+    assert {called[key].verdict for key in chosen} == {"right"}
+    assert len(chosen) == len(load_selection(directory / "select" / "student.parquet").trajectories)
+    results = json.loads((directory / "results.json").read_text())
+    assert results["judges"].keys() == {"prm_outcome", "prm_random"}
+    assert set(arms) <= results["arms"].keys()
+    assert "Everything was up to date" in complete(tmp_path, *options[1:])
 
 
 def test_more_debates_pay_as_much_as_the_rollouts(finished):

@@ -23,7 +23,8 @@ QUESTIONS = TASK.questions("debate", 5)
 
 @pytest.fixture
 def store(form, tmp_path):
-    """Two agents answer each question twice: the first is right in the end, the second slips; a judge speaks last."""
+    """Two agents answer each question twice: the first is right in the end, the second slips. A third cannot be read,
+    and a judge speaks last."""
     with TraceStore(tmp_path / "traces.sqlite") as store:
         store.put_questions(QUESTIONS)
         for question in QUESTIONS:
@@ -31,6 +32,7 @@ def store(form, tmp_path):
             for round, texts in enumerate(((wrong, wrong), (question.rationale, wrong))):
                 for agent, text in enumerate(texts):
                     store.record(turn_of(form, question, text, agent, round=round))
+            store.record(turn_of(form, question, "It must be seven.", 3, round=1))
             store.record(turn_of(form, question, "The first.", 2, round=1, role="judge"))
         questions = {question.id: question for question in QUESTIONS}
         store.put_labels(grade_turns(store.turns(), questions, TASK.grade, TASK.grader_id))
@@ -77,6 +79,7 @@ def test_it_is_asked_of_last_answers_and_told_no_right_one(form, store, tmp_path
         assert f"The answer is {question.answer}." not in before
         assert solution.count("The answer is") == 1
         assert "The first." not in prompt
+        assert "It must be" not in prompt
     assert max(len(form.tokenizer.encode(prompt)) for prompt in engine.prompts) <= engines.contexts[0]
     counts = {key: work.counts[key] for key in ("right", "wrong", "unparseable", "too_long")}
     assert counts == {"right": 8, "wrong": 2, "unparseable": 0, "too_long": 0}
