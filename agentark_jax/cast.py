@@ -10,6 +10,7 @@ from agentark_jax.data.chat import make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.render import Format, Layout
 from agentark_jax.data.tokenizer import Tokenizer
+from agentark_jax.errors import UsageError
 from agentark_jax.generation import Model, Seat
 from agentark_jax.models.config import load_config
 from agentark_jax.protocols.config import AgentConfig
@@ -51,6 +52,28 @@ class Cast:
         directory = model_directory(stage)
         name = self._config.model.source
         return Model(name, directory, stage.counts["revision"], load_config(directory), form)
+
+    def judge(self, found: Manifest, form: Format) -> Model:
+        """The model that process reward models start from in the place of the student. Raises as `reads`."""
+        directory = model_directory(found)
+        own = self.reads(directory, form)
+        assert self._config.prm.model is not None, "somebody found it"
+        return Model(self._config.prm.model, directory, found.counts["revision"], load_config(directory), own)
+
+    def reads(self, directory: Path, form: Format) -> Format:
+        """How the model of `prm.model` is asked. Raises UsageError if not in the ids in which the run's own models
+        (`form`) are: what they say would mean something else to it."""
+        own = self._format(directory, self._config.prompt)
+        for what, theirs, ours, fix in (
+            ("tokenizer", own.tokenizer.hash, form.tokenizer.hash, "take a model of the same family"),
+            ("prompts", own.hash, form.hash, "give its directory the run's chat template, or set prompt.format plain"),
+        ):
+            if theirs != ours:
+                raise UsageError(
+                    f"prm.model: {directory} has other {what} ({theirs}) than model.source {self._config.model.source} "
+                    f"({ours}), so it cannot judge step by step what that says: {fix}."
+                )
+        return own
 
     def seat(self, model: Model) -> Seat:
         """One of the run's own models, alone."""

@@ -83,9 +83,11 @@ def check_lengths(
     return longest
 
 
-def check_fits(config: RunConfig, directory: Path) -> None:
-    """Raises UsageError for a fit that does not go with the model of a directory or with the devices here."""
-    model = load_config(directory)
+def check_fits(config: RunConfig, directory: Path, judge: Path | None = None) -> None:
+    """Raises UsageError for a fit that does not go with the model of a directory or with the devices here.
+
+    Process reward models start from that of the directory `judge`, or from the same.
+    """
     if config.reinforced and jax.process_count() > 1 and not config.engine.servers:
         raise UsageError(
             f"engine.servers is empty, but {jax.process_count()} processes train, and the embedded engine would hold a "
@@ -100,9 +102,11 @@ def check_fits(config: RunConfig, directory: Path) -> None:
                 raise UsageError(f"rl.rewards.{error}") from error
     for key in config.fits:
         fit: FitConfig = attrgetter(key)(config)
+        place = judge if judge is not None and key.startswith("prm.") else directory
+        model = load_config(place)
         if fit.row_length > model.max_positions:
             raise UsageError(
-                f"{key}.row_length: {fit.row_length} tokens, but {directory / 'config.json'} has "
+                f"{key}.row_length: {fit.row_length} tokens, but {place / 'config.json'} has "
                 f"{model.max_positions} positions; shorten the rows"
             )
         try:

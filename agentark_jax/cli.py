@@ -7,6 +7,7 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -188,8 +189,13 @@ def _fit(arguments: Sequence[str]) -> int:
     fit, rl = attrgetter(options.training)(resolved), resolved.rl if options.training == "rl.fit" else None
     if fit is None:
         raise UsageError(f"{options.training} is null: there is no such training")
-    model = describe(resolved.model)
-    report = preflight.preflight(resolved.model.source, model, fit, where, rl, options.training)
+    source, model = resolved.model.source, describe(resolved.model)
+    judge = model
+    if resolved.prm.model is not None:
+        judge = describe(replace(resolved.model, source=resolved.prm.model))
+        if options.training in ("prm.frozen", "prm.whole"):
+            source, model = resolved.prm.model, judge
+    report = preflight.preflight(source, model, fit, where, rl, options.training, judge)
     print(preflight.table(report))
     return 0 if report.fits else 1
 

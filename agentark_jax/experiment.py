@@ -147,7 +147,7 @@ def _check_same_config(config: RunConfig, update: bool) -> None:
     """
     path = config.directory / CONFIG
     made = {manifest.parent.name for manifest in config.directory.rglob("manifest.json")}
-    if update or not path.exists() or made <= {"raw_model", "questions"}:
+    if update or not path.exists() or made <= {"raw_model", "questions", "prm_model"}:
         return
     try:
         before = yaml.safe_load(path.read_text())

@@ -28,7 +28,7 @@ from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answ
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
 from agentark_jax.files import write_json
-from agentark_jax.generation import Asked, Generation, Seat
+from agentark_jax.generation import Asked, Generation, Model, Seat
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.gguf import resolve_model
@@ -122,7 +122,9 @@ class Pipeline:
             )
         model = self.cast.model(raw, form)
         self._longest = check_lengths(self.config, model, self.cast.seats(model, team), self.cast.layout(), questions)
-        check_fits(self.config, model_directory(raw))
+        found = self.prepare_judge(form)
+        judge = None if found is None else self.cast.judge(found, form)
+        check_fits(self.config, model_directory(raw), None if judge is None else judge.directory)
         base = self.warm_start(raw, form, questions_stage, questions)
         if until == WARM_UP:
             return None
@@ -139,7 +141,7 @@ class Pipeline:
         selections = self.select(spoken)
         if until == SELECT:
             return None
-        judges = self.judge_all(base, form, spoken)
+        judges = self.judge_all(base, form, spoken, found)
         students = self.distil_all(base, form, selections, judges, questions["debate"])
         if until == FIT:
             return None
@@ -172,9 +174,7 @@ class Pipeline:
                 with self.display.bar("prepare the model", total=1):
                     directory = resolve_model(source.source)
                 location = str(directory.resolve())
-            revision = weights.weights_fingerprint(directory)
-            shapes = transformer.param_shapes(load_config(directory))
-            work.counts = {"revision": revision, "location": location, "parameters": _size(shapes)}
+            work.counts = _identity(directory, location)
 
         if source.source == SCRATCH:
             slice_ = {"scratch": as_dict(source.scratch), "task": as_dict(self.config.task), "seed": self.seed}
@@ -182,6 +182,20 @@ class Pipeline:
         else:
             slice_, inputs = {"source": source.source}, {}
         return self.run.produce("raw_model", build, version=1, config=slice_, inputs=inputs)
+
+    def prepare_judge(self, form: Format) -> Manifest | None:
+        """Find the model that process reward models start from; None where that is the base, or there are none."""
+        source = self.config.prm.model
+        if source is None or not self.judged():
+            return None
+
+        def build(work: Work) -> None:
+            with self.display.bar("prepare the model of the judge", total=1):
+                directory = resolve_model(source)
+            self.cast.reads(directory, form)
+            work.counts = _identity(directory, str(directory.resolve()))
+
+        return self.run.produce("prm_model", build, version=1, config={"source": source}, inputs={})
 
     def prepare_team(self) -> Manifest | None:
         """Find the models that agents of the team have for themselves; None where there are none."""
@@ -536,9 +550,10 @@ class Pipeline:
         base: Manifest,
         form: Format,
         spoken: Mapping[Source, tuple[Manifest, Sequence[labelling.LabelledTurn]]],
+        found: Manifest | None = None,
     ) -> dict[Judged, Manifest]:
-        """The process reward models of the run (PAD, §2.3): labels of the steps of what was said, then the base
-        trained on them."""
+        """The process reward models of the run (PAD, §2.3): labels of the steps of what was said, then the base, or
+        the model that was `found` for them, trained on them."""
         labels: dict[Judged, Manifest] = {}
 
         def labelled(kind: Judged) -> Manifest:
@@ -549,7 +564,11 @@ class Pipeline:
                     labels[kind] = self.label_steps(kind, base, form, *spoken[kind.turns])
             return labels[kind]
 
-        return {kind: self.judge(kind, base, form, labelled(kind)) for kind in self.judged()}
+        if found is None:
+            start, model = base, self.cast.model(base, form)
+        else:
+            start, model = found, self.cast.judge(found, form)
+        return {kind: self.judge(kind, start, model, labelled(kind)) for kind in self.judged()}
 
     def prm_settings(self, kind: Judged) -> PRMConfig:
         """How a process reward model is made, and the labels, if they are not dealt, that it learns."""
@@ -597,13 +616,13 @@ class Pipeline:
             inputs={"labels": labels},
         )
 
-    def judge(self, kind: Judged, base: Manifest, form: Format, labels: Manifest) -> Manifest:
-        """The process reward model that starts from the base and learns these labels."""
-        settings, model = self.prm_settings(kind), self.cast.model(base, form)
+    def judge(self, kind: Judged, start: Manifest, model: Model, labels: Manifest) -> Manifest:
+        """The process reward model that starts from the model of a stage and learns these labels."""
+        settings = self.prm_settings(kind)
 
         def build(work: Work) -> None:
             self.generation.release()  # training needs the room
-            examples, counts = step_examples(form, self.store, load_step_labels(labels.directory / LABELS))
+            examples, counts = step_examples(model.form, self.store, load_step_labels(labels.directory / LABELS))
             train_prm(
                 work,
                 settings,
@@ -621,7 +640,7 @@ class Pipeline:
             build,
             version=1,
             config={**settings.fingerprint(), "seed": self.seed},
-            inputs={"base": base, "labels": labels},
+            inputs={"base": start, "labels": labels},
         )
 
     def evaluate_judge(self, judge: Manifest, evaluated: Mapping[str, Evaluated]) -> Manifest:
@@ -1135,6 +1154,16 @@ def _flatten(turns: Mapping[str, Sequence[Turn]]) -> list[Turn]:
 def _completion_ids(turn: Turn) -> list[int]:
     assert turn.completion is not None, "protocols only return turns that succeeded"
     return turn.completion.ids.tolist()
+
+
+def _identity(directory: Path, location: str) -> dict[str, Any]:
+    """What the artefact of a model that was found says: the hash of its files, where they are, and how large it is."""
+    shapes = transformer.param_shapes(load_config(directory))
+    return {
+        "revision": weights.weights_fingerprint(directory),
+        "location": location,
+        "parameters": _size(shapes),
+    }
 
 
 def _size(shapes: transformer.Params) -> int:

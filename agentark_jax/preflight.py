@@ -142,12 +142,18 @@ class Report:
 
 
 def preflight(
-    name: str, model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None, key: str = "fit"
+    name: str,
+    model: ModelConfig,
+    fit: FitConfig,
+    where: Topology,
+    rl: RLConfig | None = None,
+    key: str = "fit",
+    judge: ModelConfig | None = None,
 ) -> Report:
     """The report on one fit of a model on a topology; `key` is what messages call the fit.
 
     With `rl` it is the fit of a policy: two micro-batches of its rows, beside the starting policy and a process reward
-    model of the same shape, where these are needed, in the dtype that is computed in.
+    model of the shape of `judge` (None: of the same), where these are needed, in the dtype that is computed in.
 
     Raises UsageError for a mesh, rows or a row length that do not go with model and topology, or for a missing
     compiler; AgentArkError when compiling fails for another reason than memory.
@@ -172,9 +178,11 @@ def preflight(
     optimizer_bytes = _device_bytes((state.step, state.optimizer))
     beside = 0
     if rl is not None:
-        copies = int(rl.needs_reference and fit.lora is None) + int(rl.needs_prm)
-        shapes = _cast(flatten_dict(param_shapes(replace(model, lora=None)), sep="."), fit.compute_dtype)
-        beside = copies * _device_bytes(_placed(shapes, param_shardings(mesh, shapes)))
+        others = [model] if rl.needs_reference and fit.lora is None else []
+        others += [judge or model] if rl.needs_prm else []
+        for other in others:
+            shapes = _cast(flatten_dict(param_shapes(replace(other, lora=None)), sep="."), fit.compute_dtype)
+            beside += _device_bytes(_placed(shapes, param_shardings(mesh, shapes)))
     head = "embedding" if model.tie_embeddings else "unembedding"
     if where.platform == "gpu":
         beyond = modelled_bytes(model, fit, sizes, _device_bytes(state.params))

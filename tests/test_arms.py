@@ -291,7 +291,7 @@ def test_students_start_where_they_should_for_as_many_steps(tmp_path):
     assert [question.id for question in told["gold"][1]] == sorted(asked)
 
 
-def judged_run(directory: Path, monkeypatch, arms: list[str], **prm) -> tuple[dict, dict, list[str]]:
+def judged_run(directory: Path, monkeypatch, arms: list[str], found=None, **prm) -> tuple[dict, dict, list[str]]:
     """The manifests of a run's process reward models and their labels, what each learned, and what was made anew."""
     learned, made = {}, []
 
@@ -301,6 +301,7 @@ def judged_run(directory: Path, monkeypatch, arms: list[str], **prm) -> tuple[di
 
     def train_prm(work, config, model, prompt, examples, *, labels, seed, display):
         learned[work.directory.name] = labels or config.labels, [each.right for each in examples]
+        work.counts["starts from"] = model.name
 
     monkeypatch.setattr(pipeline_module, "label_steps", label_steps)
     monkeypatch.setattr(pipeline_module, "train_prm", train_prm)
@@ -309,10 +310,14 @@ def judged_run(directory: Path, monkeypatch, arms: list[str], **prm) -> tuple[di
     pipeline.run = Run(directory, on_stage=lambda each: None if each.reused else made.append(each.stage))
     pipeline.seed, pipeline.display, pipeline.task = 3, None, SimpleNamespace(grade=None)
     pipeline.generation = SimpleNamespace(release=lambda: None)
-    pipeline.cast = SimpleNamespace(seat=lambda model: None, model=lambda stage, form: None, tokenizers=lambda form: [])
+
+    def named(stage, form):
+        return SimpleNamespace(name=stage, form=None)
+
+    pipeline.cast = SimpleNamespace(seat=lambda model: None, model=named, judge=named, tokenizers=lambda form: [])
     turns = np.random.default_rng(0).integers(0, 2, (12, 5)).tolist()
     spoken = {source: (f"turns of {source}", turns) for source in pipeline.sources()}
-    judges = pipeline.judge_all("base", None, spoken)
+    judges = pipeline.judge_all("base", None, spoken, found)
     return judges, learned, made
 
 
@@ -353,6 +358,17 @@ def test_stages_of_a_judge_by_the_runs_own_labels_are_what_they_were(tmp_path, m
         assert prm.config.keys() == {"objective", "frozen", "whole", "seed"}
         assert prm.inputs == {"base": "base", "labels": labels.fingerprint}
         assert labels.version == prm.version == 1
+
+
+def test_a_judge_of_another_size_starts_from_its_own_model_and_learns_the_same_labels(tmp_path, monkeypatch):
+    arms = ["pad", "pad_random"]
+    same, _, _ = judged_run(tmp_path, monkeypatch, arms)
+    other, _, made = judged_run(tmp_path, monkeypatch, arms, found="the other", model="org/other")
+    assert made == ["prm", "prm_random"], "labels are what they were"
+    for kind, manifest in other.items():
+        assert (same[kind].counts["starts from"], manifest.counts["starts from"]) == ("base", "the other")
+        assert manifest.inputs == {**same[kind].inputs, "base": "the other"}
+        assert manifest.config == same[kind].config
 
 
 def test_two_arms_that_would_be_one_are_refused():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import real_server
+from tiny_models import write_model
 
 from agentark_jax.models.config import load_config
 from agentark_jax.models.heads import load_heads
@@ -99,11 +100,14 @@ def test_a_policy_learns_from_rollouts_judged_by_a_model_of_the_debate(finished)
 
 
 def test_judges_that_know_nothing_of_steps_and_a_verifier(finished, tmp_path):
-    """Beside what is there: an outcome judge, a placebo, and a student of what the base itself calls right."""
+    """Beside what is there: an outcome judge and a placebo, of another size than the student, and a verifier."""
     directory = tmp_path / NAME
     shutil.copytree(finished, directory)
+    raw = finished / "raw_model" / "model"
+    larger = shutil.copytree(raw, tmp_path / "larger", ignore=shutil.ignore_patterns("*.safetensors"))
+    write_model(larger, load_config(raw).vocab_size, hidden_size=64, max_positions=1024)
     arms = ["verifier", "pad_outcome", "pad_random"]
-    options = ("--update", "--rl.iterations", "2", "--arms", f"[{', '.join(arms)}]")
+    options = ("--update", "--rl.iterations", "2", "--arms", f"[{', '.join(arms)}]", "--prm.model", str(larger))
     complete(tmp_path, *options)
     told = {stage: load_step_labels(directory / stage / LABELS) for stage in STEP_LABELS}
     with TraceStore(directory / "traces.sqlite", read_only=True) as store:
@@ -117,6 +121,9 @@ def test_judges_that_know_nothing_of_steps_and_a_verifier(finished, tmp_path):
     values, placebo = ([x for each in told[stage] for x in each.right] for stage in STEP_LABELS[::2])
     assert sorted(values) == sorted(placebo)
     assert values != placebo
+    for stage in ("prm_outcome", "prm_random"):
+        model = directory / stage / counts(directory, stage)["location"]
+        assert load_heads(model, load_config(model))["prm"]["weight"].shape == (2, 64)
     assert len({counts(directory, stage)["revision"] for stage in ("prm", "prm_outcome", "prm_random")}) == 3
     assert len({counts(directory, arm)["revision"] for arm in ("base", "student", *arms)}) == 5
     assert chosen

@@ -63,10 +63,33 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         message = capsys.readouterr().err
         assert "Traceback" not in message
         finished = {path.parent.name for path in root.rglob("manifest.json")}
-        assert finished <= {"raw_model", "questions"}
+        assert finished <= {"raw_model", "questions", "prm_model"}
         return message
 
     return run
+
+
+def test_a_judge_must_read_what_the_student_says(good, refused, tmp_path):
+    """In the same ids, asked in the same words; what does not is refused before anything is computed."""
+    larger = changed(good, tmp_path / "larger")
+    write_model(larger, Tokenizer(good).vocabulary_size, hidden_size=64, max_positions=512)
+    texts = [question.prompt for question in WordProblems(TaskConfig()).questions("warm_start", 50)]
+    other = shutil.copytree(larger, tmp_path / "other")
+    train_tokenizer(texts, 300, other)
+    template = shutil.copytree(larger, tmp_path / "template")
+    (template / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    short = changed(larger, tmp_path / "short", max_position_embeddings=256)
+    arms = ("--arms", "[pad]")
+    message = refused(good, *arms, "--prm.model", str(other))
+    hashes = [Tokenizer(each).hash for each in (other, good)]
+    assert f"prm.model: {other} has other tokenizer ({hashes[0]}) than model.source {good} ({hashes[1]})" in message
+    assert f"prm.model: {template} has other prompts" in refused(good, *arms, "--prm.model", str(template))
+    assert "no such directory" in refused(good, *arms, "--prm.model", str(tmp_path / "none"))
+    message = refused(good, *arms, "--prm.model", str(short), "--prm.frozen.row_length", "512")
+    assert f"prm.frozen.row_length: 512 tokens, but {short / 'config.json'} has 256 positions" in message
 
 
 def changed(good: Path, directory: Path, **change: Any) -> Path:

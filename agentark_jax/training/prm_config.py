@@ -23,6 +23,8 @@ class PRMConfig:
     values raise UsageError.
 
     Args:
+        model: what it starts from, a directory in Hugging Face format or a hub id: a larger or smaller model with the
+            student's tokenizer and prompts. Null: the student.
         faithful_to: whose loss: that of the paper (steps are contrasted with wrong ones of other agents on the same
             question), or of its released code (cross-entropy, and half the supervised contrast of projected steps).
         coefficients: factor of each of the terms cross_entropy, contrastive and supervised_contrastive, instead; null
@@ -44,6 +46,7 @@ class PRMConfig:
         whole: training of everything after it; null for none.
     """
 
+    model: str | None = None
     faithful_to: Source = "paper"
     coefficients: dict[Term, float] | None = None
     temperature: float = 0.1
@@ -61,6 +64,7 @@ class PRMConfig:
         for key, choices in (("faithful_to", Source), ("labels", LabelSource)):
             value, allowed = getattr(self, key), get_args(choices)
             require(value in allowed, key, value, f"one of {', '.join(allowed)}")
+        require(self.model != "", "model", self.model, "a directory or a hub id, or null")
         terms, given = get_args(Term), self.coefficients
         if given is not None:
             for term, value in given.items():
@@ -103,7 +107,7 @@ class PRMConfig:
         return {"labels": self.labels, "questions": self.questions, "turns": self.turns, **paid, **soft}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What of this config the trained model depends on, beyond its labels."""
+        """What of this config the trained model depends on, beyond its labels and what it starts from."""
         fits = {"frozen": self.frozen.fingerprint(), "whole": self.whole and self.whole.fingerprint()}
         weights = {} if self.wrong_weight == 1 else {"wrong_weight": self.wrong_weight}
         return {"objective": {"coefficients": self.terms(), "temperature": self.temperature, **weights}, **fits}
