@@ -93,6 +93,7 @@ class Outcome:
     evaluated: dict[str, Evaluated]
     debated: list[labelling.LabelledTurn]
     evaluated_debate: list[labelling.LabelledTurn]
+    evaluated_vote: list[labelling.LabelledTurn]
     judged: dict[str, Manifest]
 
 
@@ -145,7 +146,7 @@ class Pipeline:
         students = self.distil_all(base, form, selections, judges, questions["debate"])
         if until == FIT:
             return None
-        evaluated, evaluated_debate = self.evaluate(agents, form, students, questions_stage, questions["held_out"])
+        evaluated = self.evaluate(agents, form, students, questions_stage, questions["held_out"])
         judged = {judge.stage: self.evaluate_judge(judge, evaluated) for judge in judges.values()}
         return Outcome(
             self.seed,
@@ -155,7 +156,8 @@ class Pipeline:
             list(self.run.manifests),
             evaluated,
             [turn for turn in spoken["debate"][1] if turn.role == DEBATER],
-            evaluated_debate,
+            self._said_in(evaluated["debate"].manifest, DEBATER),
+            self._said_in(evaluated["vote"].manifest),
             judged,
         )
 
@@ -427,7 +429,7 @@ class Pipeline:
             },
             inputs={**agents.inputs, "questions": drawn},
         )
-        return stage, labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
+        return stage, self._said_in(stage)
 
     def _debates_for_rollouts(self, questions: Sequence[Question]) -> int:
         """So many debates of each question take at least as many calls as the debate and a policy's rollouts."""
@@ -650,9 +652,7 @@ class Pipeline:
 
         def build(work: Work) -> None:
             self.generation.release()
-            sampled, said = (
-                labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(each)) for each in (vote, debated)
-            )
+            sampled, said = self._said_in(vote), self._said_in(debated)
             evaluate_prm(work, model_directory(judge), self.store, sampled=sampled, debated=said, level=level)
 
         inputs = {"prm": judge, "vote": vote, "debate": debated}
@@ -864,7 +864,7 @@ class Pipeline:
         students: Mapping[str, Manifest],
         drawn: Manifest,
         questions: list[Question],
-    ) -> tuple[dict[str, Evaluated], list[labelling.LabelledTurn]]:
+    ) -> dict[str, Evaluated]:
         """Every arm on the held-out questions; what takes many calls of the base on a stated subset of them."""
         settings = self.config.evaluate
         few = questions[: settings.multi_call_questions or len(questions)]
@@ -962,8 +962,7 @@ class Pipeline:
                 draw = replace(one, max_tokens=longest_dialogue(form, self.config.debate))
                 final = form.telling[-1].strip()
             alone(name, student, questions, draw, 1, protocol, final)
-        keys = _keys(evaluated["debate"].manifest)
-        return evaluated, labelling.labelled_turns(self.store, self.task.grader_id, keys=keys, role=DEBATER)
+        return evaluated
 
     # What stages share
 
@@ -1083,6 +1082,10 @@ class Pipeline:
 
     def _grader(self, final: str = "") -> str:
         return f"{self.task.grader_id} after {final!r}" if final else self.task.grader_id
+
+    def _said_in(self, stage: Manifest, role: str | None = None) -> list[labelling.LabelledTurn]:
+        """The turns that a stage lists, with their labels; of one role, or of all."""
+        return labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage), role=role)
 
     def _sampled(self, stage: Manifest) -> dict[str, dict[str, list[int]]]:
         """What the turns of a stage said, by question and key, as ids, in the order in which the stage lists them."""

@@ -41,6 +41,8 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
         name: {**_description(config, name, first), **summary.arm_figures(seeds, name, level=level)}
         for name in seeds[0]
     }
+    arms["vote"]["oracle"] = summary.oracle_figures([outcome.evaluated_vote for outcome in outcomes], level=level)
+    arms["debate"]["oracle"] = summary.oracle_figures([outcome.evaluated_debate for outcome in outcomes], level=level)
     reference = arms["base"]["tokens_per_question"]["total"]
     for each in arms.values():
         each["cost_ratio"] = each["tokens_per_question"]["total"] / reference

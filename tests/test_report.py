@@ -40,6 +40,21 @@ def arm(label: str, correct: int, n: int, tokens: float, protocol: str = "single
     }  # fmt: skip
 
 
+def test_what_the_best_pick_would_come_to_stands_beside_what_the_vote_did():
+    results = full_results()
+    assert "right: " not in Page(render(results, [])).words
+    low, high = words.wilson(75, 96)
+    results["arms"]["debate"]["oracle"] = {
+        "accuracy": 75 / 96,
+        "low": low,
+        "high": high,
+        "correct": 75,
+        "n": 96,
+        "answers": 3.0,
+    }
+    assert f"any of 3 right: 78.1 {words.interval(low, high)}" in Page(render(results, [])).words
+
+
 def difference(
     a: str, b: str, value: float, low: float, high: float, p_value: float = 0.01, p_holm: float = 0.02
 ) -> dict:

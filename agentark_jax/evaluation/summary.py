@@ -47,6 +47,25 @@ def arm_figures(seeds: Sequence[Predictions], arm: str, *, level: float) -> dict
     }
 
 
+def oracle_figures(seeds: Sequence[Sequence[LabelledTurn]], *, level: float) -> dict[str, Any]:
+    """How often any of a question's last answers is right: what the best pick among them would come to (oracle@N).
+
+    `seeds` are turns of debaters, or samples. The last answers are those of the question's last round; `answers` is how
+    many a question has on average. The interval is that of `arm_figures`.
+    """
+    graded: list[tuple[str, bool]] = []
+    answers = 0
+    for rows in seeds:
+        last = {row.question_id: row.round for row in sorted(rows, key=lambda row: row.round)}
+        deciding = [row for row in rows if row.round == last[row.question_id]]
+        found = {row.question_id for row in deciding if row.right}
+        graded += [(question, question in found) for question in sorted(last)]
+        answers += len(deciding)
+    low, high = _share_interval(graded, level)
+    correct, n = sum(right for _, right in graded), len(graded)
+    return {"accuracy": correct / n, "low": low, "high": high, "correct": correct, "n": n, "answers": answers / n}
+
+
 def differences(
     seeds: Sequence[Predictions], contrasts: Sequence[tuple[str, str, str]], *, level: float
 ) -> list[dict[str, Any]]:
