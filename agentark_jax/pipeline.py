@@ -55,6 +55,7 @@ from agentark_jax.traces.selection import Selection, check_filled, load_selectio
 from agentark_jax.traces.step_labels import load_step_labels
 from agentark_jax.traces.store import TraceStore
 from agentark_jax.traces.variants import select
+from agentark_jax.training.checkpoint import remove_checkpoints
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import Job, for_steps, train
 from agentark_jax.training.prm_config import PAID, PRMConfig
@@ -69,7 +70,6 @@ WARM_START, GREEDY, ONCE, SAMPLED = "warm_start", "single_greedy", "single_once"
 # What a run can stop after; each part needs the ones before it.
 PARTS = WARM_UP, DEBATE_PART, SELECT, FIT, EVERYTHING = "warm-start", "debate", "select", "fit", "everything"
 SHARDS = "shards"
-REMOVED = "checkpoints.removed"
 
 
 @dataclass(frozen=True)
@@ -674,7 +674,6 @@ class Pipeline:
 
         def build(work: Work) -> None:
             self.generation.release()
-            _finish_removal(work.directory)
             job = RLJob(
                 rl,
                 model.directory,
@@ -715,7 +714,9 @@ class Pipeline:
             }
             record = {"history": [], "validation": [], "iterations": result.history, "consumed": result.consumed}
             write_json(work.directory / "training.json", record)
-            _remove_checkpoints(work.directory)
+            remove_checkpoints(work.directory)
+            if (work.directory / POLICIES).exists():  # what was published for servers
+                shutil.rmtree(work.directory / POLICIES)
 
         return self.run.produce(
             name,
@@ -976,7 +977,6 @@ class Pipeline:
         validation: Sequence[Example],
     ) -> None:
         """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
-        _finish_removal(work.directory)
         self.generation.release()  # training needs the room
         directory, revision = model_directory(model), model.counts["revision"]
         job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
@@ -997,7 +997,7 @@ class Pipeline:
         }
         record = {"history": result.history, "validation": result.validation_history}
         write_json(work.directory / "training.json", record)
-        _remove_checkpoints(work.directory)
+        remove_checkpoints(work.directory)
 
     def _sample(
         self,
@@ -1120,24 +1120,6 @@ def _shares(name: str, spent: Mapping[str, float]) -> str:
     parts = (("rollout", "sampling"), ("scoring", "scoring"), ("training", "training"), ("sync", "weights handed out"))
     told = ", ".join(f"{words} {spent.get(f'{part}_seconds', 0.0) / whole:.0%}" for part, words in parts)
     return f"{name}: {told}"
-
-
-def _remove_checkpoints(directory: Path) -> None:
-    """Checkpoints serve to resume a stage; once the model is exported they are 3/4 of the disk it takes.
-
-    They are renamed first, so that a kill leaves all of them or none: half of one would be taken for a damaged one.
-    Policies that were published for servers go with them.
-    """
-    (directory / "checkpoints").rename(directory / REMOVED)
-    _finish_removal(directory)
-    if (directory / POLICIES).exists():
-        shutil.rmtree(directory / POLICIES)
-
-
-def _finish_removal(directory: Path) -> None:
-    """Remove what a kill between the two steps of the removal left."""
-    if (directory / REMOVED).exists():
-        shutil.rmtree(directory / REMOVED)
 
 
 def _keys(stage: Manifest) -> list[str]:

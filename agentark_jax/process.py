@@ -6,7 +6,6 @@ Bodies of stages: pure functions of the trace store and their configuration that
 
 import asyncio
 import json
-import shutil
 from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -48,6 +47,7 @@ from agentark_jax.traces.step_labels import (
     save_step_labels,
 )
 from agentark_jax.traces.store import TraceStore
+from agentark_jax.training.checkpoint import remove_checkpoints
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.job import Job, train
 from agentark_jax.training.loop import FitResult, examples_hash
@@ -427,7 +427,7 @@ def train_prm(
                 counts=counts,
             )
             write_card(directory / "model", card)
-        _remove(directory / "checkpoints")
+        remove_checkpoints(directory)
         record = json.loads((directory / TRAINING).read_text(encoding="utf-8"))
         work.counts[name] = {key: value for key, value in record.items() if key not in ("history", "validation")}
         work.tokens += record["tokens"]
@@ -438,16 +438,6 @@ def train_prm(
 
 def _finished(model: Path, made_from: str) -> bool:
     return (model / CARD_FILE).is_file() and read_card(model).made_from == made_from
-
-
-def _remove(checkpoints: Path) -> None:
-    """Removes what serves to resume a fit. Renamed first, so that a kill leaves all of it or none."""
-    removed = checkpoints.with_name("checkpoints.removed")
-    if removed.exists():  # a kill came in between
-        shutil.rmtree(removed)
-    if checkpoints.exists():
-        checkpoints.rename(removed)
-        shutil.rmtree(removed)
 
 
 def _record(result: FitResult, fit: FitConfig, student: Model) -> dict[str, Any]:
