@@ -22,8 +22,12 @@ def test_an_oracle_needs_one_right_answer_in_the_last_round():
     found = oracle_figures([rows[::-1]], level=0.9)
     low, high = wilson_interval(np.asarray([False, True, True, True]), level=0.9)
     assert found == {
-        **{"accuracy": 0.75, "correct": 3, "n": 4, "answers": 2.0},
-        **{"low": pytest.approx(low), "high": pytest.approx(high)},
+        "accuracy": 0.75,
+        "correct": 3,
+        "n": 4,
+        "answers": 2.0,
+        "low": pytest.approx(low),
+        "high": pytest.approx(high),
     }
 
 

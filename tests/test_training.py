@@ -25,6 +25,7 @@ from agentark_jax.models.lora import init_adapter, join
 from agentark_jax.models.transformer import hidden_states, param_shapes
 from agentark_jax.objectives.sft import SFT, sft_loss, term_totals
 from agentark_jax.records import Example
+from agentark_jax.training import checkpoint
 from agentark_jax.training.checkpoint import Checkpointer, Retention
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.loop import Memory, fit
@@ -720,6 +721,21 @@ try:
 except AgentArkError as error:
     print("refused:", error)
 """
+
+
+def test_checkpoints_that_are_removed_are_gone_as_a_whole(tmp_path, monkeypatch):
+    """Killed between renaming and removing, what is left is not taken for checkpoints, and goes the next time."""
+    (tmp_path / "checkpoints" / "2" / "state").mkdir(parents=True)
+    (tmp_path / "model").mkdir()
+    with monkeypatch.context() as killed:
+        killed.setattr(checkpoint.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.remove_checkpoints(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints.removed", "model"]
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)  # the fit was done again
+    for _ in range(2):
+        checkpoint.remove_checkpoints(tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_full_disk_is_one_clear_error_and_the_checkpoint_before_stays(params, tmp_path):
