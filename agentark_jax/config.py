@@ -2,14 +2,15 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from agentark_jax.arms import ARMS, CONTROL, STUDENT, check_arms, data_of
 from agentark_jax.data.config import PromptConfig
@@ -230,6 +231,42 @@ class RunConfig:
         return Path(self.root) / self.name
 
 
+@dataclass(frozen=True)
+class PRMRun:
+    """A process reward model by itself, of labels that are there already.
+
+    Attributes:
+        prompt: how questions and solutions become prompts.
+        prm: how it is trained; what says where labels come from is not used.
+    """
+
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    prm: PRMConfig = field(
+        default_factory=lambda: PRMConfig(
+            coefficients={"cross_entropy": 1.0},
+            frozen=FitConfig(learning_rate=1e-4, epochs=3, last_layers=1, row_length=1024),
+            whole=FitConfig(learning_rate=1e-6, row_length=1024),
+        )
+    )
+
+    def __post_init__(self) -> None:
+        default, name = PRMConfig(), "prm"
+        for key in ("labels", "continuations", "hard", "questions", "turns"):
+            if getattr(self.prm, key) != getattr(default, key):
+                raise UsageError(f"{name}.{key}: labels are those of the data here; leave this key out.")
+        for key in ("frozen", "whole"):
+            fit: FitConfig | None = getattr(self.prm, key)
+            if fit is not None and fit.eval_every is not None:
+                raise UsageError(
+                    f"{name}.{key}.eval_every is {fit.eval_every}: questions that are held out are for judging the "
+                    "finished model, so they cannot choose when to stop; give null."
+                )
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Descriptions keep their line breaks."""
+
+
 class _Parser(ArgumentParser):
     """An argument parser whose complaints are `UsageError`s that name the key and the nearest known one."""
 
@@ -282,6 +319,32 @@ def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunCon
         _check_parts(namespace)
         values = parser.instantiate(namespace)
         return RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__}), namespace["update"]
+    except UsageError as error:
+        raise UsageError(_located(str(error), arguments)) from error
+
+
+def parse_prm(
+    arguments: Sequence[str], prog: str, description: str, options: Mapping[str, Mapping[str, Any]]
+) -> tuple[PRMRun, Namespace]:
+    """The settings of a process reward model by itself, of `--config FILE` and one option per key, and further options.
+
+    Args:
+        options: what the parser's `add_argument` wants, by name.
+
+    Raises:
+        UsageError: as `parse`.
+    """
+    parser = _Parser(prog=prog, description=description, default_env=False, formatter_class=_Formatter)
+    for name, settings in options.items():
+        parser.add_argument(f"--{name}", **settings)
+    parser.add_argument("--config", action="config", help="YAML file with any of the keys; later files and options win")
+    parser.add_class_arguments(PRMRun, None)
+    try:
+        namespace = parser.parse_args(list(arguments))
+        _check_nulls(namespace, PRMRun)
+        _built(PRMConfig, namespace["prm"], "prm")
+        values = parser.instantiate(namespace)
+        return PRMRun(**{key: values[key] for key in PRMRun.__dataclass_fields__}), namespace
     except UsageError as error:
         raise UsageError(_located(str(error), arguments)) from error
 

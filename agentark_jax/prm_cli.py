@@ -1,9 +1,12 @@
-"""`agentark prm`: what a process reward model says of solutions, and how far sources of step labels agree."""
+"""`agentark prm`: process reward models of published labels, what they say of solutions, and how far sources of step
+labels agree.
+"""
 
 import json
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,16 +16,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agentark_jax.data.first_errors import READERS, Solution, line_labels, read_solutions
+from agentark_jax.data.first_errors import READERS, Solution, drawn, line_labels, read_solutions
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.first_error_baselines import Found, Judged, compare
 from agentark_jax.evaluation.statistics import MeanInterval, sentence, wilson_interval
 from agentark_jax.evaluation.steps import FirstErrors, LabelQuality, first_error, label_quality
-from agentark_jax.files import atomic_path
+from agentark_jax.files import atomic_path, write_json
 from agentark_jax.progress import Display
-from agentark_jax.records import Question
 from agentark_jax.report import words
-from agentark_jax.stages import Work, read_manifest
+from agentark_jax.stages import Work, git_revision, locked, package_versions, read_manifest
 from agentark_jax.tasks.grading import GRADERS, grader
 from agentark_jax.tasks.rows import read_file
 from agentark_jax.tools import Parser
@@ -33,9 +35,34 @@ from agentark_jax.traces_cli import count_of, graded_by, make_console, of_debate
 _PRM = """\
 Process reward models: models that say of each step of a solution how probably it is right.
 
+  agentark prm fit --model Qwen/Qwen3-0.6B --dataset prm800k --data phase2_train.jsonl --out prm
   agentark prm score --model runs/lab/prm/whole/model --data solutions.jsonl --out scored.jsonl
   agentark prm score --model DIR --data mr_ben/math.jsonl.gz --dataset mr_ben
   agentark prm labels runs/lab --grader final_answer
+"""
+_FIT = f"""\
+Train a process reward model from published labels of steps, without a debate.
+
+--data names one or more FILEs (with commas between them) of --dataset, as published:
+{", ".join(READERS)}
+(the last adds to prmbench the right solutions that its errors were planted in). Without --dataset they have JSON lines
+of yours {{"question", "steps": [texts]}} with "first_error" (a number from 0, or null if all are right) or "right" (of
+each step how probably it is right, from 0 to 1).
+
+The model is --model with a head that says at the last token of each step how probably it is right. It is trained as in
+a run: first its last layer and the head (--prm.frozen.*), then everything (--prm.whole.*; --prm.whole null: not). The
+loss is the cross-entropy of each step; --prm.wrong_weight says how much a wrong one counts. Steps that the labels tell
+nothing of are not trained on; solutions longer than a row (--prm.frozen.row_length) are left out; both are counted.
+
+The solutions to --held_out of the questions, by a hash, are not learned from. The command ends with what
+`agentark prm score` says of them. OUT is then a model directory for that command, with the settings in fit.json and the
+figures in results.json; its card, prm.json, knows which questions it has learned. A command that was killed goes on
+where it was; one with other settings refuses OUT.
+
+  agentark prm fit --model gguf:gemma3-270m --dataset prmbench_pairs --data prmbench/test.jsonl.gz --out prm \\
+    --prm.wrong_weight 1.5 --prm.frozen.last_layers 4 --prm.whole null
+  agentark prm fit --model Qwen/Qwen3-0.6B --dataset math_shepherd --data math-shepherd.jsonl --out prm --seed 1
+  agentark prm score --model prm --dataset mr_gsm8k --data MR-GSM8K.json
 """
 _SCORE = f"""\
 Say of each step of each solution how probably it is right, and which is the first step below the threshold.
@@ -54,7 +81,8 @@ with an interval from resampled questions: the bootstrap) and how honest the pro
 calibration error). Two baselines that read nothing stand
 beside it: `majority` always tells the most frequent first error, `length-only` sees how long steps are and where they
 stand. Both were fitted on the other half of the questions, to the same labels; a model that does not beat them has not
-learned to judge steps.
+learned to judge steps. `the model, threshold fitted` is the model with a threshold that was found in the same way.
+Solutions to questions that `agentark prm fit` taught the model are "learned": OUT has them, these figures have not.
 
   agentark prm score --model DIR --data solutions.jsonl --out scored.jsonl
   agentark prm score --model DIR --data prmbench/test.jsonl.gz --dataset prmbench --threshold 0.7
@@ -73,19 +101,28 @@ resampled questions (bootstrap).
   agentark prm labels runs/lab --grader final_answer
   agentark prm labels runs/lab --grader final_answer --speaker runs/lab/model --judge Qwen/Qwen3-0.6B --questions 50
 """
+OWN, FITTED = "own", "the model, threshold fitted"
 _MODEL = "a directory in Hugging Face format, or a hub id"
 
 
 def prm(arguments: Sequence[str]) -> int:
     """`agentark prm`; the exit code. Raises UsageError for arguments that cannot be used."""
+    if arguments[:1] == ["fit"]:  # which has one option per key of its settings
+        return _fit(arguments[1:])
     parser = Parser("agentark prm", _PRM)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands")
+
+    commands.add_parser("fit", help="a model of published labels, without a debate", description=_FIT)
 
     score = commands.add_parser("score", help="probabilities of steps, and first errors", description=_SCORE)
     score.add_argument("--model", required=True, type=Path, metavar="DIR", help="a trained process reward model")
     score.add_argument("--data", required=True, type=Path, metavar="FILE", help="solutions")
     score.add_argument("--dataset", choices=READERS, help="whose format FILE has")
     score.add_argument("--out", type=Path, metavar="OUT", help="where to write a line for each solution")
+    score.add_argument("--results", type=Path, metavar="FILE", help="where to write the figures, as JSON")
+    score.add_argument(
+        "--limit", type=count_of, metavar="N", help="score so many, questions drawn by hash (default: all)"
+    )
     score.add_argument(
         "--threshold", type=_share, default=0.5, metavar="P", help="a step is wrong below it (default: %(default)s)"
     )
@@ -147,8 +184,9 @@ def _read(path: Path, dataset: str | None) -> list[_Row]:
         question, lines, error = values.get("question"), values.get("steps"), values.get("first_error")
         if lines is None and isinstance(values.get("solution"), str):
             lines = [values["solution"]]
-            if "first_error" in values:
-                raise UsageError(f'{row.where}: first_error counts steps: give "steps", a list, instead of "solution".')
+            for key in ("first_error", "right"):
+                if key in values:
+                    raise UsageError(f'{row.where}: {key} counts steps: give "steps", a list, instead of "solution".')
         if not isinstance(question, str) or not isinstance(lines, list) or not all(isinstance(x, str) for x in lines):
             raise UsageError(f'{row.where}: write {{"question": …, "steps": [texts]}} or {{"question", "solution"}}.')
         if not "".join(lines).strip():
@@ -157,38 +195,80 @@ def _read(path: Path, dataset: str | None) -> list[_Row]:
             raise UsageError(
                 f"{row.where}: first_error is {error!r}; it is a number of {len(lines)} steps, from 0, or null."
             )
-        rows.append(_Row(Solution(question, tuple(lines), error, "own"), "first_error" in values))
+        right = values.get("right")
+        if right is not None:
+            if "first_error" in values:
+                raise UsageError(f"{row.where}: has both first_error and right; remove one of them.")
+            if not isinstance(right, list) or len(right) != len(lines) or not all(map(_is_share, right)):
+                raise UsageError(f"{row.where}: right is {right!r}; it is a list of {len(lines)} numbers from 0 to 1.")
+            right = tuple(map(float, right))
+            error = first_error(right)
+        marked = right is not None or "first_error" in values
+        rows.append(_Row(Solution(question, tuple(lines), error, OWN, right), marked))
     return rows
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, Decimal, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _score(options: Namespace) -> int:
     rows = _read(options.data, options.dataset)
-    if options.batch_tokens < 1:
-        raise UsageError("--batch_tokens is 0: give a number of tokens.")
+    for key in ("batch_tokens", "limit"):
+        if getattr(options, key) == 0:
+            raise UsageError(f"--{key} is 0: give a positive number.")
+    rows = [rows[index] for index in drawn([row.solution for row in rows], options.limit, 0)]
 
     from agentark_jax.cache import enable_compilation_cache
-    from agentark_jax.data.steps import steps
     from agentark_jax.training.config import MeshConfig
     from agentark_jax.training.mesh import make_mesh
     from agentark_jax.training.prm import load_prm
-    from agentark_jax.training.scoring import score_steps
 
     enable_compilation_cache()
     mesh = make_mesh(MeshConfig())
     model = load_prm(options.model, mesh, options.dtype)
+    settings: dict[str, Any] = {"tokens": options.batch_tokens, "dtype": options.dtype}
+    lines, judged = _judge(model, rows, mesh, options.threshold, **settings)
+    if options.out is not None:
+        with atomic_path(options.out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
+    skipped, learned = (sum(key in each for each in lines) for key in ("skipped", "learned"))
+    print(
+        f"{options.data}: {len(rows) - skipped:,} solutions scored, {skipped:,} skipped as too long for the model"
+        + ("" if options.out is None else f"; see {options.out}")
+    )
+    if learned:
+        print(f"{learned:,} are to questions that the model was trained on: the figures leave them out")
+    found = _tell(judged, options.threshold) if judged else {}
+    if not judged and options.out is None and not learned:
+        for each in lines:
+            print(json.dumps(each, ensure_ascii=False))
+    if options.results is not None:
+        about = {"dataset": options.dataset or OWN, "file": _named(options.data), "limit": options.limit}
+        counts = {"scored": len(rows) - skipped, "skipped": skipped, "learned": learned}
+        write_json(options.results, {**about, "prm": model.card.made_from, **counts, **found, **_versions()})
+    return 0
+
+
+def _judge(
+    model: Any, rows: Sequence[_Row], mesh: Any, threshold: float, **settings: Any
+) -> tuple[list[dict[str, Any]], list[Judged]]:
+    """What a model says of each solution, and of those that are marked and that it has not learned, what is true."""
+    from agentark_jax.data.steps import steps
+    from agentark_jax.prm_fit import is_learned
+    from agentark_jax.training.scoring import score_steps
+
     display = Display(Console(stderr=True))
     found, sequences = {}, {}
     with display.bar("cut steps", total=len(rows)) as bar:
         for index, row in enumerate(rows):
-            question = Question.make("prm", "scored", row.solution.question, "")
-            prompt = [token for segment in model.form.question(question) for token in segment]
+            prompt = [token for segment in model.form.question(row.solution.asked) for token in segment]
             ids = list(model.form.response(row.solution.text))
             if len(prompt) + len(ids) <= model.config.max_positions:
                 found[index] = steps(ids, model.form.tokenizer)
                 sequences[index] = ([*prompt, *ids], [len(prompt) + step.end - 1 for step in found[index]])
             bar.more(1)
     with display.bar("score solutions", total=len(sequences)) as bar:
-        settings: dict[str, Any] = {"tokens": options.batch_tokens, "dtype": options.dtype}
         given = list(sequences.values())
         scores = score_steps(model.config, model.params, model.head, given, mesh, progress=bar.more, **settings)
     right = dict(zip(sequences, scores, strict=True))
@@ -201,40 +281,35 @@ def _score(options: Namespace) -> int:
         if index not in right:
             told["skipped"] = f"longer than the {model.config.max_positions} tokens that the model takes"
             continue
-        error = first_error(right[index].tolist(), options.threshold)
+        error = first_error(right[index].tolist(), threshold)
         told |= {
             "steps": [step.text for step in found[index]],
             "right": [round(float(each), 6) for each in right[index]],
             "first_error": error,
         }
+        learned = is_learned(row.solution, model.card.published)
+        if learned:
+            told["learned"] = True
         if row.marked:
             labels = line_labels(row.solution, found[index])
             told["line"] = None if error is None else int(labels.lines[error])
             told["true_line"] = row.solution.first_error
             lengths = np.asarray([step.end - step.start for step in found[index]])
             marked = Judged(row.solution.question, right[index], lengths, *labels, error=row.solution.first_error)
-            judged.append(marked)
-    if options.out is not None:
-        with atomic_path(options.out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
-    skipped = len(rows) - len(right)
-    print(
-        f"{options.data}: {len(right):,} solutions scored, {skipped:,} skipped as too long for the model"
-        + ("" if options.out is None else f"; see {options.out}")
-    )
-    if judged:
-        _tell(judged, options)
-    elif options.out is None:
-        for each in lines:
-            print(json.dumps(each, ensure_ascii=False))
-    return 0
+            if not learned:
+                judged.append(marked)
+    return lines, judged
 
 
-def _tell(judged: Sequence[Judged], options: Namespace) -> None:
+def _tell(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
+    """Prints how well first errors are found; the same as JSON values."""
     name = "the model"
-    compared = compare(judged, options.threshold, name=name)
+    compared = compare(judged, threshold, name=name)
+    if len(compared) > 1:
+        fitted = compare(judged, None, name=FITTED)
+        compared = {name: compared.pop(name), FITTED: fitted[FITTED], **compared}
     questions = len({each.question for each in judged})
-    title = f"{len(judged):,} marked solutions to {questions:,} questions, threshold {options.threshold:g}"
+    title = f"{len(judged):,} marked solutions to {questions:,} questions, threshold {threshold:g}"
     table = Table(title=plain(title), title_justify="left")
     for head in ("", "F1", "errors located", "right ones cleared", "Brier", "ECE", "steps"):
         table.add_column(head, justify="left" if head == "" else "right")
@@ -244,14 +319,29 @@ def _tell(judged: Sequence[Judged], options: Namespace) -> None:
     console.print(table)
     if len(compared) == 1:
         console.print("no baselines: they need solutions to some more questions, to be fitted on the half of them")
-    for who, found in compared.items():
-        if found.model_over is not None:
-            console.print(Text(sentence(f"first errors told exactly, {name} over {who}", found.model_over)))
-        if found.f1_over is not None:
-            over = found.f1_over
-            interval = words.interval(over.low, over.high, signed=True) or "not known"
-            text = f"F1, {name} over {who}: {words.points(over.difference)} points, 95 % interval {interval}"
-            console.print(Text(text))
+        return {"questions": questions, "threshold": threshold, "first_errors": _figures(compared)}
+    over = {who: {name: compared[who].model_over, FITTED: fitted[who].model_over} for who in fitted if who != FITTED}
+    gained = {who: {name: compared[who].f1_over, FITTED: fitted[who].f1_over} for who in over}
+    for who, each in over.items():
+        for model, difference in each.items():
+            if difference is not None:
+                console.print(Text(sentence(f"first errors told exactly, {model} over {who}", difference)))
+    for who, of_f1 in gained.items():
+        for model, gain in of_f1.items():
+            if gain is not None:
+                interval = words.interval(gain.low, gain.high, signed=True) or "not known"
+                text = f"F1, {model} over {who}: {words.points(gain.difference)} points, 95 % interval {interval}"
+                console.print(Text(text))
+    gains = {who: {model: each and asdict(each) for model, each in found.items()} for who, found in over.items()}
+    figures = {"questions": questions, "threshold": threshold, "first_errors": _figures(compared), "model_over": gains}
+    return figures
+
+
+def _figures(compared: Mapping[str, Found]) -> dict[str, Any]:
+    return {
+        who: {"f1": found.errors.f1, **asdict(found.errors), "calibration": asdict(found.calibration)}
+        for who, found in compared.items()
+    }
 
 
 def _cells(found: Found) -> Iterator[str]:
@@ -274,6 +364,90 @@ def _interval(share: MeanInterval | None) -> str:
     if share is None:
         return "–"
     return f"{100 * share.mean:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}], n {share.n:,}"
+
+
+def _named(path: Path) -> dict[str, str]:
+    from agentark_jax.models.weights import file_sha256
+
+    return {"name": path.name, "sha256": file_sha256(path)}
+
+
+def _versions() -> dict[str, Any]:
+    return {"git": git_revision(), "versions": package_versions()}
+
+
+# Fitting
+
+
+def _fit(arguments: Sequence[str]) -> int:
+    from agentark_jax import config
+
+    options: dict[str, dict[str, Any]] = {
+        "model": {"type": str, "help": f"what to train: {_MODEL}, or gguf:gemma3-270m"},
+        "dataset": {"type": str, "help": f"whose format the files have: {', '.join(READERS)} (default: yours)"},
+        "data": {"type": str, "metavar": "FILE", "help": "solutions with labels; several with commas between them"},
+        "out": {"type": str, "help": "directory for the model; what was begun there is gone on with"},
+        "held_out": {"type": float, "default": 0.1, "help": "share of the questions that is not learned from"},
+        "limit": {"type": int, "help": "learn from so many solutions, whole questions drawn by hash (default: all)"},
+        "score": {"type": int, "help": "judge so many held-out solutions, drawn likewise (default: all)"},
+        "seed": {"type": int, "default": 0, "help": "of the division, the drawing and the training"},
+        "batch_tokens": {"type": int, "default": 8192, "help": "held-out tokens that are scored at once"},
+    }
+    settings, given = config.parse_prm(arguments, "agentark prm fit", _FIT, options)
+    for key in ("model", "data", "out"):
+        if given[key] is None:
+            raise UsageError(f"--{key} is missing. `agentark prm fit --help` lists the options.")
+    if given.dataset is not None and given.dataset not in READERS:
+        raise UsageError(f"--dataset {given.dataset!r}: give one of {', '.join(READERS)}, or none for rows of yours.")
+    if not 0 <= given.held_out < 1:
+        raise UsageError(f"--held_out is {given.held_out}: give a share of the questions, at least 0 and below 1.")
+    for key, least in (("limit", 1), ("score", 1), ("seed", 0), ("batch_tokens", 1)):
+        if given[key] is not None and given[key] < least:
+            raise UsageError(f"--{key} is {given[key]}: give a number from {least} on.")
+    files = tuple(Path(name) for name in given.data.split(",") if name)
+    rows = [row for path in files for row in _read(path, given.dataset)]
+    unmarked = sum(not row.marked for row in rows)
+    if unmarked:
+        raise UsageError(
+            f'--data {given.data}: {unmarked:,} of {len(rows):,} solutions have no labels; give "first_error" or '
+            '"right" beside "steps", or remove the rows.'
+        )
+
+    from agentark_jax.cache import enable_compilation_cache
+    from agentark_jax.prm_fit import RESULTS, Published, divide, fit_published
+    from agentark_jax.training.config import MeshConfig
+    from agentark_jax.training.mesh import make_mesh
+    from agentark_jax.training.prm import load_prm
+
+    enable_compilation_cache()
+    data = Published(given.dataset or OWN, files, given.held_out, given.limit, given.seed)
+    learned, kept = divide([row.solution for row in rows], data)
+    out, display = Path(given.out), Display(Console(stderr=True))
+    with locked(out, ("--out", "--out")):
+        counts = fit_published(out, settings, _model(given.model, settings.prompt), data, learned, display)
+        steps = counts["examples"]
+        print(
+            f"{out}: trained on {steps['answers']:,} of {len(rows):,} solutions, {counts['too_long']:,} more were too "
+            f"long; {steps['right']:,} right and {steps['wrong']:,} wrong steps, {counts['unknown_steps']:,} more are "
+            "not known"
+        )
+        if steps["wrong"]:
+            print(
+                f"wrong steps count as much as right ones with prm.wrong_weight {steps['right'] / steps['wrong']:.3g}"
+            )
+        told: dict[str, Any] = {"held_out": len(kept), "scored": 0}
+        if kept:
+            mesh = make_mesh(MeshConfig())
+            model = load_prm(out, mesh)
+            asked = [_Row(kept[index], True) for index in drawn(kept, given.score, given.seed)]
+            lines, judged = _judge(model, asked, mesh, 0.5, tokens=given.batch_tokens)
+            skipped = sum("skipped" in each for each in lines)
+            print(f"{len(kept):,} solutions were held out; {len(judged):,} scored, {skipped:,} skipped as too long")
+            told |= {"scored": len(judged), "skipped": skipped, **(_tell(judged, 0.5) if judged else {})}
+        else:
+            print("no question was held out: score the model on other data, with `agentark prm score`")
+        write_json(out / RESULTS, {"trained": counts, "score": given.score, **told, **_versions()})
+    return 0
 
 
 # Labels
@@ -421,18 +595,25 @@ def _bought(options: Namespace, store: TraceStore, rows: Sequence[Any]) -> dict[
 
 def _seat(name: str, servers: Sequence[str]) -> Any:
     """A model by itself, as it is asked by default."""
-    from agentark_jax.data.chat import make_format
     from agentark_jax.data.config import PromptConfig
-    from agentark_jax.generation import Model, Seat
+    from agentark_jax.generation import Seat
+
+    return Seat(_model(name, PromptConfig()), tuple(servers))
+
+
+def _model(name: str, prompt: Any) -> Any:
+    """A model by itself, asked as `prompt` says."""
+    from agentark_jax.data.chat import make_format
+    from agentark_jax.generation import Model
     from agentark_jax.models.config import load_config
     from agentark_jax.models.gguf import resolve_model
     from agentark_jax.models.weights import weights_fingerprint
 
     directory = resolve_model(name)
     config = load_config(directory)
-    form = make_format(directory, PromptConfig(), embeddings=config.vocab_size)
+    form = make_format(directory, prompt, embeddings=config.vocab_size)
     called = directory.name if Path(name).exists() else name
-    return Seat(Model(called, directory, weights_fingerprint(directory), config, form), tuple(servers))
+    return Model(called, directory, weights_fingerprint(directory), config, form)
 
 
 def _costs(options: Namespace, sources: Mapping[str, Sequence[Any]], asked: Mapping[str, str]) -> Table:

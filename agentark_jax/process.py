@@ -376,6 +376,7 @@ def train_prm(
     labels: str | None = None,
     seed: int,
     display: Display,
+    published: Mapping[str, Any] | None = None,
 ) -> Path:
     """Trains a process reward model that starts from the student; its directory, which `load_prm` reads.
 
@@ -389,6 +390,7 @@ def train_prm(
         examples: with steps (`step_examples`).
         validation: needed where a stage has `eval_every`.
         labels: what the model's card calls their source; None: as `config` does.
+        published: what the model's card tells of labels that are a dataset's (`training.prm.Card`).
 
     Raises as `training.job.train`, and AgentArkError for the paper's loss where no question has a right step in one
     answer and a wrong one in another: it would teach nothing.
@@ -425,6 +427,7 @@ def train_prm(
                 temperature=objective.temperature,
                 made_from=made_from,
                 counts=counts,
+                published=published or {},
             )
             write_card(directory / "model", card)
         remove_checkpoints(directory)

@@ -136,8 +136,10 @@ class Run:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path, options: tuple[str, str] = ("--name", "--root")) -> Iterator[None]:
     """Hold a run directory for this process alone.
+
+    `options` choose another one, where this is in use or cannot be written.
 
     Raises:
         AgentArkError: the directory cannot be written.
@@ -151,9 +153,13 @@ def locked(directory: Path) -> Iterator[None]:
         owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
     except filelock.Timeout:
         name = owner.read_text().strip() if owner.exists() else "another process"
-        raise UsageError(f"{directory}: in use by {name}. Wait for it, stop it, or choose another --name.") from None
+        raise UsageError(
+            f"{directory}: in use by {name}. Wait for it, stop it, or choose another {options[0]}."
+        ) from None
     except OSError as error:
-        raise AgentArkError(f"{directory}: cannot be written ({error.strerror}). Choose another --root.") from error
+        raise AgentArkError(
+            f"{directory}: cannot be written ({error.strerror}). Choose another {options[1]}."
+        ) from error
     try:
         yield
     finally:

@@ -172,7 +172,7 @@ def test_math_shepherds_signs_stand_where_its_tags_are(tmp_path):
     row = {"input": "How many? Step 1: 1 + 1 = 2 ки\nStep 2: + 1 = 4 ки", "task": "GSM8K"}
     row["label"] = "How many? Step 1: 1 + 1 = 2 +\nStep 2: + 1 = 4 -"
     (solution,) = read_solutions("math_shepherd", published(tmp_path, row))
-    assert solution == Solution("How many?", ("Step 1: 1 + 1 = 2", "Step 2: + 1 = 4"), 1, "GSM8K")
+    assert solution == Solution("How many?", ("Step 1: 1 + 1 = 2", "Step 2: + 1 = 4"), 1, "GSM8K", (1.0, 0.0))
     for damaged in ({"label": row["label"].replace("-", "?")}, {"input": row["input"] + " and more"}):
         with pytest.raises(UsageError, match=r"line 1.*this is no row of math_shepherd"):
             read_solutions("math_shepherd", published(tmp_path, {**row, **damaged}))

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
-from agentark_jax.data.steps import Step
+from agentark_jax.data.render import Format
+from agentark_jax.data.steps import Step, steps
 from agentark_jax.errors import UsageError
+from agentark_jax.records import Example, Question, stable_hash
 from agentark_jax.tasks.rows import read_file
 
 
@@ -18,17 +20,37 @@ from agentark_jax.tasks.rows import read_file
 class Solution:
     """Lines as their dataset divides them; the wrong one that comes first, from 0, or None if all are right.
 
-    `kind` is what the dataset tells of the error or the solution: its class, subject or model.
+    `kind` is what the dataset tells of the error or the solution: its class, subject or model. `values`, from 0 to 1,
+    are how probably each line is right, where the dataset says that of each; `origin` is the question that this one is
+    a variant of, where the dataset has changed it.
     """
 
     question: str
     lines: tuple[str, ...]
     first_error: int | None
     kind: str
+    values: tuple[float, ...] | None = None
+    origin: str | None = None
 
     @property
     def text(self) -> str:
         return "\n".join(self.lines)
+
+    @property
+    def source(self) -> str:
+        """The name of the question, or of the one that it is a variant of: see `question_name`."""
+        return question_name(self.question if self.origin is None else self.origin)
+
+    @property
+    def asked(self) -> Question:
+        return Question.make("prm", "published", self.question, "")
+
+
+def question_name(text: str) -> str:
+    """What a question is known by among those that a process reward model has learned: a hash that is the same however
+    the text is spaced and capitalised.
+    """
+    return stable_hash(["question", " ".join(text.split()).casefold()])
 
 
 class LineLabels(NamedTuple):
@@ -52,6 +74,38 @@ def line_labels(solution: Solution, steps: Sequence[Step]) -> LineLabels:
     Raises:
         ValueError: the steps do not say the solution's text.
     """
+    first, last, lines = _placed(solution, steps)
+    if solution.first_error is None:
+        return LineLabels(np.ones(len(steps), bool), np.ones(len(steps), bool), lines)
+    begin, end = first[solution.first_error], last[solution.first_error]
+    number = np.arange(len(steps))
+    lines[begin : end + 1] = solution.first_error
+    return LineLabels(number < begin, (number < begin) | (number >= end), lines)
+
+
+def step_targets(solution: Solution, steps: Sequence[Step]) -> tuple[Float[np.ndarray, " S"], Bool[np.ndarray, " S"]]:
+    """How probably each of the steps of a completion of a solution's text is right, and of which that is known.
+
+    Where the dataset has a value for each line, it goes to the step that the line's last letter is in (the least one,
+    where a step has several); steps that a line has before are known only if it is right for sure. Else as
+    `line_labels`, and raises as that.
+    """
+    if solution.values is None:
+        labels = line_labels(solution, steps)
+        return labels.right.astype(np.float32), labels.known
+    right, known = np.ones(len(steps), np.float32), np.zeros(len(steps), bool)
+    first, last, _ = _placed(solution, steps)
+    for value, begin, end in zip(solution.values, first, last, strict=True):
+        known[begin:end] = value == 1
+        known[end] = True
+        right[end] = min(right[end], value)
+    return right, known
+
+
+def _placed(
+    solution: Solution, steps: Sequence[Step]
+) -> tuple[Int[np.ndarray, " L"], Int[np.ndarray, " L"], Int[np.ndarray, " S"]]:
+    """The steps that the first and the last letter of each line are in, and the line that each step begins in."""
     said = "".join(step.text for step in steps)
     offset = said.find(solution.text)
     if offset < 0:
@@ -62,16 +116,47 @@ def line_labels(solution: Solution, steps: Sequence[Step]) -> LineLabels:
     # What stands before a step's first word is of no line.
     words = starts + np.asarray([len(step.text) - len(step.text.lstrip()) for step in steps])
     lines = np.maximum(np.searchsorted(begins, words, side="right") - 1, 0)
-    if solution.first_error is None:
-        return LineLabels(np.ones(len(steps), bool), np.ones(len(steps), bool), lines)
-    line, begin = solution.lines[solution.first_error], begins[solution.first_error]
-    inside = begin + np.asarray([len(line) - len(line.lstrip()), len(line.rstrip()) - 1])
-    if not line.strip():  # wrong by saying nothing: where the line before ends
-        inside = np.asarray([begin - 1, begin - 1])
-    first, last = np.maximum(np.searchsorted(starts, inside, side="right") - 1, 0)
-    number = np.arange(len(steps))
-    lines[first : last + 1] = solution.first_error
-    return LineLabels(number < first, (number < first) | (number >= last), lines)
+    # A line without a word says it where the line before ends.
+    letters = [
+        (len(line) - len(line.lstrip()), len(line.rstrip()) - 1) if line.strip() else (-1, -1)
+        for line in solution.lines
+    ]
+    first, last = np.maximum(np.searchsorted(starts, begins[:, None] + np.asarray(letters), side="right") - 1, 0).T
+    return first, last, lines
+
+
+def solution_example(form: Format, solution: Solution) -> tuple[Example | None, int]:
+    """What a process reward model learns from a solution: which of its steps are right, after the question alone.
+
+    Steps of which that is not known (`step_targets`) are none that it learns, and counted; None where no other is left.
+    """
+    prompt = [token for segment in form.question(solution.asked) for token in segment]
+    completion = list(form.response(solution.text))
+    found = steps(completion, form.tokenizer)
+    right, known = step_targets(solution, found)
+    unknown = int((~known).sum())
+    if not known.any():
+        return None, unknown
+    ends = np.asarray([len(prompt) + step.end - 1 for step in found], np.int32)
+    ids = np.asarray([*prompt, *completion], np.int32)
+    name, labels = question_name(solution.question), right[known]
+    return Example(ids, {}, name, "published", (), True, step_ends=ends[known], step_labels=labels), unknown
+
+
+def held_out(solution: Solution, share: float, seed: int) -> bool:
+    """Whether a solution is kept from training: so of about this share of questions, by a hash, with all variants."""
+    return int(stable_hash(["held out", seed, solution.source])[:12], 16) < share * 16**12
+
+
+def drawn(solutions: Sequence[Solution], limit: int | None, seed: int) -> list[int]:
+    """The indices of at most so many solutions, ascending; questions are drawn by a hash and taken whole, as far as the
+    limit lets them.
+    """
+    order = sorted(
+        range(len(solutions)),
+        key=lambda index: (stable_hash(["drawn", seed, solutions[index].source]), index),
+    )
+    return sorted(order[:limit])
 
 
 def read_solutions(dataset: str, path: Path) -> list[Solution]:
@@ -82,52 +167,58 @@ def read_solutions(dataset: str, path: Path) -> list[Solution]:
     """
     if dataset not in READERS:
         raise UsageError(f"there is no reader of step labels for {dataset!r}; use one of: {', '.join(READERS)}.")
-    solutions = []
+    solutions: list[Solution] = []
     for row in read_file(path, dataset):
         try:
-            solution = READERS[dataset](row.values)
+            found = READERS[dataset](row.values)
         except (KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{row.where}: {error!r}; this is no row of {dataset}: give its file as published."
             ) from error
-        if solution is None:
-            continue
-        if solution.first_error is not None and not 0 <= solution.first_error < len(solution.lines):
-            raise UsageError(
-                f"{row.where}: line {solution.first_error + 1} is marked as wrong, but there are "
-                f"{len(solution.lines)}; correct or remove the row."
-            )
-        solutions.append(solution)
-    return solutions
+        for solution in found:
+            if solution.first_error is not None and not 0 <= solution.first_error < len(solution.lines):
+                raise UsageError(
+                    f"{row.where}: line {solution.first_error + 1} is marked as wrong, but there are "
+                    f"{len(solution.lines)}; correct or remove the row."
+                )
+        solutions += found
+    # Errors were planted several times in one original.
+    return list(dict.fromkeys(solutions)) if dataset == PAIRS else solutions
 
 
-def _mr_ben(row: Mapping[str, Any]) -> Solution:
+def _mr_ben(row: Mapping[str, Any]) -> list[Solution]:
     asked = "\n".join(part for part in (row["Question"], row["Options"]) if part)
     wrong = {"correct": False, "incorrect": True}[row["Model_Solution_Correctness"]]
     error = int(row["Model_Solution_First_Error_Step"]) - 1 if wrong else None
-    return Solution(asked, tuple(row["Model_Solution_Steps"]), error, row["Sampled_Model"])
+    return [Solution(asked, tuple(row["Model_Solution_Steps"]), error, row["Sampled_Model"])]
 
 
-def _mr_gsm8k(row: Mapping[str, Any]) -> Solution:
+def _mr_gsm8k(row: Mapping[str, Any]) -> list[Solution]:
     wrong = {"right": False, "correct": False, "wrong": True}[row["model_output_solution_correctness"]]
     error = int(row["model_output_solution_first_error_step"]) - 1 if wrong else None
-    return Solution(row["question"], tuple(row["model_output_steps"]), error, row["question_type"])
+    return [Solution(row["question"], tuple(row["model_output_steps"]), error, row["question_type"])]
 
 
-def _prmbench(row: Mapping[str, Any]) -> Solution | None:
+def _prmbench(row: Mapping[str, Any]) -> list[Solution]:
     lines = tuple(row["modified_process"])
     # Some rows mark steps past the end, and a few no other ones: their error is nowhere.
     marked = [step - 1 for step in row["error_steps"] if step <= len(lines)]
-    return Solution(row["modified_question"], lines, min(marked), row["classification"]) if marked else None
+    asked, origin = row["modified_question"], row["original_question"]
+    return [Solution(asked, lines, min(marked), row["classification"], origin=origin)] if marked else []
 
 
-def _big_bench_mistake(row: Mapping[str, Any]) -> Solution:
+def _prmbench_pairs(row: Mapping[str, Any]) -> list[Solution]:
+    origin = row["original_question"]
+    return [*_prmbench(row), Solution(origin, tuple(row["original_process"]), None, "original", origin=origin)]
+
+
+def _big_bench_mistake(row: Mapping[str, Any]) -> list[Solution]:
     kind = "right answer" if row["answer"] == row["target"] else "wrong answer"
     error = None if row["mistake_index"] is None else int(row["mistake_index"])
-    return Solution(row["input"], tuple(row["steps"]), error, kind)
+    return [Solution(row["input"], tuple(row["steps"]), error, kind)]
 
 
-def _prm800k(row: Mapping[str, Any]) -> Solution:
+def _prm800k(row: Mapping[str, Any]) -> list[Solution]:
     """The model's steps up to the first that people rated -1; where they went on with a step of their own, it erred."""
     lines: list[str] = []
     for step in row["label"]["steps"]:
@@ -135,16 +226,16 @@ def _prm800k(row: Mapping[str, Any]) -> Solution:
         said = step["completions"][0 if place is None else place]
         lines.append(said["text"])
         if said["rating"] == -1:
-            return Solution(row["question"]["problem"], tuple(lines), len(lines) - 1, "wrong")
+            return [Solution(row["question"]["problem"], tuple(lines), len(lines) - 1, "wrong")]
         if place is None:
             break
-    return Solution(row["question"]["problem"], tuple(lines), None, "right")
+    return [Solution(row["question"]["problem"], tuple(lines), None, "right")]
 
 
 _TAG = "\u043a\u0438"  # Math-Shepherd's, Cyrillic, at the end of each step
 
 
-def _math_shepherd(row: Mapping[str, Any]) -> Solution:
+def _math_shepherd(row: Mapping[str, Any]) -> list[Solution]:
     *steps, rest = row["input"].split(_TAG)
     question, first, begun = steps[0].partition("Step 1:")
     if rest.strip() or not first:
@@ -158,17 +249,22 @@ def _math_shepherd(row: Mapping[str, Any]) -> Solution:
     if not set(signs) <= {"+", "-"}:
         raise ValueError("label has no + or - at the place of each tag")
     lines = tuple(line.strip() for line in (first + begun, *steps[1:]))
-    return Solution(question.strip(), lines, signs.index("-") if "-" in signs else None, str(row["task"]))
+    error = signs.index("-") if "-" in signs else None
+    values = tuple(float(sign == "+") for sign in signs)
+    return [Solution(question.strip(), lines, error, str(row["task"]), values)]
 
 
 # By dataset: MR-Ben (github.com/dvlab-research/Mr-Ben, flattened to a row a solution), MR-GSM8K, PRMBench (rows whose
-# every marked step is past the end are left out), BIG-Bench-Mistake, PRM800K, Math-Shepherd. (Math-APS has values of
-# prefixes that do not continue each other, and so no solutions.)
-READERS: Mapping[str, Callable[[Mapping[str, Any]], Solution | None]] = {
+# every marked step is past the end are left out), the same with the right solutions that its errors were planted in,
+# each once, BIG-Bench-Mistake, PRM800K, Math-Shepherd. (Math-APS has values of prefixes that do not continue each
+# other, and so no solutions.)
+PAIRS = "prmbench_pairs"
+READERS: Mapping[str, Callable[[Mapping[str, Any]], list[Solution]]] = {
     "mr_ben": _mr_ben,
     "mr_gsm8k": _mr_gsm8k,
     "prmbench": _prmbench,
     "big_bench_mistake": _big_bench_mistake,
     "prm800k": _prm800k,
     "math_shepherd": _math_shepherd,
+    PAIRS: _prmbench_pairs,
 }

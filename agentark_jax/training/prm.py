@@ -44,6 +44,8 @@ class Card:
         coefficients, temperature: of the loss.
         made_from: hash of all that the parameters depend on.
         counts: of the examples: see `data.steps.coverage`.
+        published: where it learned from published labels: the dataset, its files' hashes, how questions were divided,
+            and `questions`, those it has learned, as `data.first_errors.question_name` calls them.
     """
 
     tokenizer: str
@@ -54,6 +56,7 @@ class Card:
     temperature: float
     made_from: str
     counts: Mapping[str, Any] = field(default_factory=dict)
+    published: Mapping[str, Any] = field(default_factory=dict)
 
     def check_tokenizer(self, tokenizer: str, whose: str) -> None:
         """Raises UsageError where a text's ids are those of another tokenizer; `whose` text, in words."""
