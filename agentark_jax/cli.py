@@ -69,7 +69,8 @@ commands:
              the same up to and including that part; `debate --shard I/N` is one of N workers that share the questions,
              `fit --dry-run` says what the training needs on a named topology, and whether it fits there
   traces     a run's trace store: what was said and what it cost; export, merge, verify
-  prm        process reward models: steps scored and first errors found; how far sources of step labels agree
+  prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
+             of step labels agree
   logits     a model's logits for an array of token ids, to compare with any other implementation
   generate   a model's completions of a text
 """

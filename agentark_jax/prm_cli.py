@@ -237,10 +237,11 @@ def _score(options: Namespace) -> int:
         f"{options.data}: {len(rows) - skipped:,} solutions scored, {skipped:,} skipped as too long for the model"
         + ("" if options.out is None else f"; see {options.out}")
     )
-    if learned:
+    marked = any(row.marked for row in rows)
+    if learned and marked:
         print(f"{learned:,} are to questions that the model was trained on: the figures leave them out")
     found = _tell(judged, options.threshold) if judged else {}
-    if not judged and options.out is None and not learned:
+    if not marked and options.out is None:
         for each in lines:
             print(json.dumps(each, ensure_ascii=False))
     if options.results is not None:

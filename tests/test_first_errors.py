@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from agentark_jax.data.first_errors import Solution, line_labels, read_solutions
+from agentark_jax.data.first_errors import Solution, line_labels, read_solutions, solution_example, step_targets
 from agentark_jax.data.steps import steps
 from agentark_jax.errors import UsageError
 
@@ -176,3 +176,27 @@ def test_math_shepherds_signs_stand_where_its_tags_are(tmp_path):
     for damaged in ({"label": row["label"].replace("-", "?")}, {"input": row["input"] + " and more"}):
         with pytest.raises(UsageError, match=r"line 1.*this is no row of math_shepherd"):
             read_solutions("math_shepherd", published(tmp_path, {**row, **damaged}))
+
+
+def test_values_of_lines_go_to_the_steps_that_they_end_in(form):
+    lines = ("One and one are 2. Two and two are 4.", "Three is 4. Four is 5.", "Five is 5.", "So 5. The answer is 5.")
+    solution = Solution("?", lines, 1, "own", (1.0, 0.25, 0.75, 0.0))
+    found = steps(form.response(solution.text), form.tokenizer)
+    right, known = step_targets(solution, found)
+    assert [step.text.strip() for step in found] == [
+        part for line in lines for part in line.replace(". ", ".|").split("|")
+    ]
+    assert known.tolist() == [True, True, False, True, True, False, True]
+    assert right[known].tolist() == [1, 1, 0.25, 0.75, 0]
+
+
+def test_steps_of_which_nothing_is_known_are_not_learned(form):
+    solution = Solution("?", ("One is 1. Two is 2.", "Three is 4. Four is 5.", "The answer is 5."), 1, "own")
+    example, unknown = solution_example(form, solution)
+    found = steps(form.response(solution.text), form.tokenizer)
+    start = len(example.ids) - len(form.response(solution.text))
+    ends = [start + step.end - 1 for step in found]
+    assert unknown == 1
+    assert example.step_ends.tolist() == [*ends[:2], *ends[3:]]
+    assert example.step_labels.tolist() == [1, 1, 0, 0]
+    assert example.weights == {}

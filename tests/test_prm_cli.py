@@ -172,7 +172,7 @@ def test_arguments_that_cannot_be_used(model, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["", "score", "labels"])
+@pytest.mark.parametrize("command", ["", "fit", "score", "labels"])
 def test_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit):
         main(["prm", *command.split(), "--help"])
