@@ -217,9 +217,9 @@ def _score(options: Namespace) -> int:
     for key in ("batch_tokens", "limit"):
         if getattr(options, key) == 0:
             raise UsageError(f"--{key} is 0: give a positive number.")
-    rows = [rows[index] for index in drawn([row.solution for row in rows], options.limit, 0)]
 
     from agentark_jax.cache import enable_compilation_cache
+    from agentark_jax.prm_fit import is_learned
     from agentark_jax.training.config import MeshConfig
     from agentark_jax.training.mesh import make_mesh
     from agentark_jax.training.prm import load_prm
@@ -227,17 +227,20 @@ def _score(options: Namespace) -> int:
     enable_compilation_cache()
     mesh = make_mesh(MeshConfig())
     model = load_prm(options.model, mesh, options.dtype)
+    fresh = [row for row in rows if not is_learned(row.solution, model.card.published)]
+    learned, marked = len(rows) - len(fresh), any(row.marked for row in rows)
+    if options.limit is not None:
+        rows = [fresh[index] for index in drawn([row.solution for row in fresh], options.limit, 0, whole=False)]
     settings: dict[str, Any] = {"tokens": options.batch_tokens, "dtype": options.dtype}
     lines, judged = _judge(model, rows, mesh, options.threshold, **settings)
     if options.out is not None:
         with atomic_path(options.out) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
-    skipped, learned = (sum(key in each for each in lines) for key in ("skipped", "learned"))
+    skipped = sum("skipped" in each for each in lines)
     print(
         f"{options.data}: {len(rows) - skipped:,} solutions scored, {skipped:,} skipped as too long for the model"
         + ("" if options.out is None else f"; see {options.out}")
     )
-    marked = any(row.marked for row in rows)
     if learned and marked:
         print(f"{learned:,} are to questions that the model was trained on: the figures leave them out")
     found = _tell(judged, options.threshold) if judged else {}
@@ -390,7 +393,7 @@ def _fit(arguments: Sequence[str]) -> int:
         "out": {"type": str, "help": "directory for the model; what was begun there is gone on with"},
         "held_out": {"type": float, "default": 0.1, "help": "share of the questions that is not learned from"},
         "limit": {"type": int, "help": "learn from so many solutions, whole questions drawn by hash (default: all)"},
-        "score": {"type": int, "help": "judge so many held-out solutions, drawn likewise (default: all)"},
+        "score": {"type": int, "help": "judge so many held-out solutions, drawn by hash (default: all)"},
         "seed": {"type": int, "default": 0, "help": "of the division, the drawing and the training"},
         "batch_tokens": {"type": int, "default": 8192, "help": "held-out tokens that are scored at once"},
     }
@@ -440,7 +443,7 @@ def _fit(arguments: Sequence[str]) -> int:
         if kept:
             mesh = make_mesh(MeshConfig())
             model = load_prm(out, mesh)
-            asked = [_Row(kept[index], True) for index in drawn(kept, given.score, given.seed)]
+            asked = [_Row(kept[index], True) for index in drawn(kept, given.score, given.seed, whole=False)]
             lines, judged = _judge(model, asked, mesh, 0.5, tokens=given.batch_tokens)
             skipped = sum("skipped" in each for each in lines)
             print(f"{len(kept):,} solutions were held out; {len(judged):,} scored, {skipped:,} skipped as too long")

@@ -51,7 +51,7 @@ def divide(solutions: Sequence[Solution], data: Published) -> tuple[list[Solutio
     """The solutions to learn from, at most `data.limit`, and those of questions that are held out, in file order."""
     kept = [each for each in solutions if held_out(each, data.held_out, data.seed)]
     rest = [each for each in solutions if not held_out(each, data.held_out, data.seed)]
-    return [rest[index] for index in drawn(rest, data.limit, data.seed)], kept
+    return [rest[index] for index in drawn(rest, data.limit, data.seed, whole=True)], kept
 
 
 def is_learned(solution: Solution, published: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from prm_models import TASK, spoiled, student
 
 from agentark_jax import prm_fit
 from agentark_jax.cli import main
-from agentark_jax.data.first_errors import Solution, held_out, question_name, read_solutions
+from agentark_jax.data.first_errors import Solution, drawn, held_out, question_name, read_solutions
 from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.mesh import make_mesh
 from agentark_jax.training.prm import load_prm, read_card
@@ -189,6 +189,27 @@ def test_values_of_steps_are_learned_as_they_are(base, tmp_path, monkeypatch):
     assert len(seen) == 4
     for example in seen:
         np.testing.assert_array_equal(example.step_labels, np.float32([1, 0.25]))
+
+
+def test_what_is_drawn_is_a_part_of_what_more_would_be():
+    given = [Solution(f"question {index // 4}", (f"{index}",), None, "own") for index in range(400)]
+    for whole in (True, False):
+        few, many = (drawn(given, limit, 0, whole=whole) for limit in (80, 160))
+        assert len(few) == 80
+        assert set(few) < set(many)
+        assert (len({given[index].question for index in few}) == 20) == whole
+    assert drawn(given, None, 0, whole=True) == list(range(400))
+    assert drawn(given, 80, 1, whole=False) != drawn(given, 80, 0, whole=False)
+
+
+def test_a_limited_score_draws_from_what_was_not_learned(made, data, tmp_path, capsys):
+    out = tmp_path / "scored.jsonl"
+    arguments = ["prm", "score", "--model", str(made), "--data", str(data), "--out", str(out), "--limit", "3"]
+    assert main(arguments) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 3
+    assert not any("learned" in row for row in rows)
+    assert "are to questions that the model was trained on" in capsys.readouterr().out
 
 
 def test_variants_of_a_question_are_held_out_together(tmp_path):

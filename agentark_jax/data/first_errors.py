@@ -148,15 +148,16 @@ def held_out(solution: Solution, share: float, seed: int) -> bool:
     return int(stable_hash(["held out", seed, solution.source])[:12], 16) < share * 16**12
 
 
-def drawn(solutions: Sequence[Solution], limit: int | None, seed: int) -> list[int]:
-    """The indices of at most so many solutions, ascending; questions are drawn by a hash and taken whole, as far as the
-    limit lets them.
+def drawn(solutions: Sequence[Solution], limit: int | None, seed: int, *, whole: bool) -> list[int]:
+    """The indices, ascending, of at most so many solutions, drawn by a hash; with `whole` by that of their questions,
+    so that these have all of their solutions (the last one as far as the limit lets it).
     """
-    order = sorted(
-        range(len(solutions)),
-        key=lambda index: (stable_hash(["drawn", seed, solutions[index].source]), index),
-    )
-    return sorted(order[:limit])
+
+    def place(index: int) -> tuple[str, int]:
+        solution = solutions[index]
+        return stable_hash(["drawn", seed, solution.source, *([] if whole else [solution.text])]), index
+
+    return sorted(sorted(range(len(solutions)), key=place)[:limit])
 
 
 def read_solutions(dataset: str, path: Path) -> list[Solution]:
