@@ -328,7 +328,9 @@ class TraceStore:
             f"WHERE finish IS NOT NULL {''.join(f'AND {name} = ? ' for name in given)}"
         )
         with self._guarded("read labels"):
-            yield from self._connection.execute(query, (grader, *given.values()))
+            # Not `yield from`: who stops early may have closed the store before the cursor is let go.
+            for row in self._connection.execute(query, (grader, *given.values())):  # noqa: UP028
+                yield row
 
     # The store as a whole
 
