@@ -15,6 +15,7 @@ from rich.console import Console
 from agentark_jax import config as configuration
 from agentark_jax.config import RunConfig
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.evaluation.telemetry import telemetry
 from agentark_jax.files import write_json, write_text
 from agentark_jax.models.weights import replaced_directory
 from agentark_jax.pipeline import EVERYTHING, SHARDS, STUDENT, Outcome, Pipeline
@@ -115,6 +116,7 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     rewrite how long it took, or by which revision it was made.
     """
     results = build_results(config, outcomes)
+    results["telemetry"] = _telemetry(config, outcomes)
     path = config.directory / "results.json"
     if path.exists() and all(manifest.reused for outcome in outcomes for manifest in outcome.manifests):
         try:
@@ -126,6 +128,14 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     with TraceStore(outcomes[0].directory / "traces.sqlite", read_only=True) as store:
         write_report(config.directory / "report.html", results, Transcripts(outcomes[0], store.texts))
     return results
+
+
+def _telemetry(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    seeds = []
+    for outcome in outcomes:
+        with TraceStore(outcome.directory / "traces.sqlite", read_only=True) as store:
+            seeds.append((outcome.debated, store.parents(turn.key for turn in outcome.debated)))
+    return telemetry(seeds, level=config.evaluate.level)
 
 
 def _publish_model(outcome: Outcome, results: Mapping[str, Any]) -> None:

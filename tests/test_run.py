@@ -99,6 +99,12 @@ def test_the_report_states_what_the_store_holds(finished):
         assert one["accuracy"] * one["n"] == pytest.approx(right)
     flips = {key: value for key, value in results["debate"]["flips"][0].items() if "→" in key}
     assert sum(flips.values()) == 48 * 3
+    (step,) = results["telemetry"]["transitions"]
+    assert (step["flips"], step["peers_heard"]) == (flips, 2)
+    drift = results["telemetry"]["drift"][0]["difference"]
+    assert drift * 48 * 3 == pytest.approx(flips["wrong→right"] - flips["right→wrong"])
+    generated = count(f"sum(completion_tokens) FROM {debated}")
+    assert results["telemetry"]["points"][-1]["tokens"] == pytest.approx(generated / 48)
     greedy = count("count(*) FROM turns WHERE protocol = 'single_greedy'")
     assert greedy == 16 * 4  # base, student, control, half-data student
     assert results["arms"]["vote"]["n"] == results["arms"]["debate"]["n"] == 8

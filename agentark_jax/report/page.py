@@ -18,13 +18,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from agentark_jax.files import write_text
-from agentark_jax.report import plots, words
+from agentark_jax.report import plots, telemetry, words
 from agentark_jax.report.svg import Plot
 
 _HERE = Path(__file__).parent
 TRANSCRIPT_BYTES = 8_000_000  # of transcripts in the page, so that it stays below 10 MB and opens at once
 _TABLE_ROWS = 200  # of a plot's numbers shown as a table; the download has all of them
-_OPTIONAL: dict[str, Any] = {"differences": [], "debate": {}, "training": {}, "judges": {}, "timing": {}}
+_OPTIONAL: dict[str, Any] = {
+    "differences": [],
+    "debate": {},
+    "telemetry": {},
+    "training": {},
+    "judges": {},
+    "timing": {},
+}
 _TURN_KEYS = ("agent", "text", "answer", "verdict", "flip", "tokens")
 
 
@@ -64,6 +71,7 @@ def render(results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]])
         scale=_difference_scale(results.get("differences") or []),
         funnels=[_funnel(results, name, filters) for name, filters in (results.get("counts") or {}).items()],
         flips=[_flip_matrix(entry) for entry in (results.get("debate") or {}).get("flips") or []],
+        told=_telemetry(results),
         seeds=_per_seed(results),
         **_plots(results),
     )
@@ -85,6 +93,7 @@ def _plots(results: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "tokens_plot": shown(plots.accuracy_tokens(results["arms"])),
         "rounds_plot": shown(plots.rounds(results.get("debate") or {})),
+        "cost_plot": shown(plots.debate_tokens(results.get("telemetry") or {})),
         "loss_plot": shown(plots.losses(results.get("training") or {}, results["arms"])),
         "rollout_plot": shown(plots.rollouts(results.get("training") or {}, results["arms"])),
         "curve_plots": [shown(plot) for plot in curves if plot is not None],
@@ -171,6 +180,14 @@ def _flip_matrix(entry: Mapping[str, Any]) -> dict[str, Any]:
         ]
         rows.append({"before": before, "total": total, "cells": cells})
     return {"from": entry["from_round"], "to": entry["to_round"], "rows": rows}
+
+
+def _telemetry(results: Mapping[str, Any]) -> dict[str, Any]:
+    figures = results.get("telemetry")
+    if not figures:
+        return {"sections": [], "sentences": []}
+    # The plot has what accuracy costs.
+    return {"sections": telemetry.sections(figures)[:2], "sentences": telemetry.sentences(figures)}
 
 
 def _per_seed(results: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullForma
 
 from agentark_jax.report import labels, words
 from agentark_jax.report.svg import SERIES, Canvas, Plot, draw, label
+from agentark_jax.report.telemetry import point_name
 
 _MARKERS = {"single": "o", "vote": "s", "debate": "D"}
 _SHARES = ("accuracy", "share", "agreement", "rate", "%")
@@ -17,12 +18,36 @@ Spot = tuple[float, float, float | None, float | None]  # x, y, low, high
 
 def accuracy_tokens(arms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     """Accuracy with its interval against tokens per question on a logarithmic axis, one labelled point per arm."""
-    shown = [(name, arm) for name, arm in arms.items() if arm["tokens_per_question"]["total"] > 0]
+    spots = [
+        (label(arm.get("label") or name), arm["protocol"], arm["tokens_per_question"]["total"],
+         *(arm[key] for key in ("accuracy", "low", "high", "n"))) for name, arm in arms.items()
+    ]  # fmt: skip
+    return _against_tokens("accuracy-tokens", "Accuracy against tokens", "prompt + answer", "arm", spots)
+
+
+def debate_tokens(telemetry: Mapping[str, Any]) -> Plot | None:
+    """What accuracy costs in generated tokens: one agent, votes of the first k, and all after each later round."""
+    spots = [
+        (point_name(point), *(point[key] for key in ("kind", "tokens", "value", "low", "high", "n")))
+        for point in telemetry.get("points") or []
+    ]
+    return _against_tokens("debate-tokens", "What a round buys", "generated", "who answers", spots)
+
+
+def _against_tokens(
+    identity: str,
+    title: str,
+    counted: str,
+    who: str,
+    points: Sequence[tuple[str, str, float, float, float, float, int]],
+) -> Plot | None:
+    """`points`: name, protocol, tokens, accuracy, low, high, n; `counted` says which tokens these are."""
+    shown = [point for point in points if point[2] > 0]
     if not shown:
         return None
-    spots = [(arm["tokens_per_question"]["total"], arm["accuracy"], arm["low"], arm["high"]) for _, arm in shown]
-    names = [label(arm.get("label") or name) for name, arm in shown]
-    kinds = [_MARKERS.get(arm["protocol"], "o") for _, arm in shown]
+    names = [name for name, *_ in shown]
+    kinds = [_MARKERS.get(kind, "o") for _, kind, *_ in shown]
+    spots = [point[2:6] for point in shown]
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.axes
@@ -36,7 +61,7 @@ def accuracy_tokens(arms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(
-            "tokens per question, log scale" if canvas.narrow else "tokens per question, prompt + answer (log scale)"
+            "tokens per question, log scale" if canvas.narrow else f"tokens per question, {counted} (log scale)"
         )
         axes.set_ylabel("accuracy (%)")
         fits.append(labels.place(canvas, names, spots) is not None)
@@ -44,22 +69,19 @@ def accuracy_tokens(arms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
     # Crowded points get a taller plot until every label has a place of its own.
     for height in (400, 520, 680, 900, 1200):
         fits: list[bool] = []
-        wide, narrow = draw("accuracy-tokens", paint, 900, height)
+        wide, narrow = draw(identity, paint, 900, height)
         if all(fits):
             break
-    rows = tuple(
-        (name, arm["tokens_per_question"]["total"], arm["accuracy"], arm["low"], arm["high"], arm["n"])
-        for name, (_, arm) in zip(names, shown, strict=True)
-    )
+    rows = tuple((name, *point[2:]) for name, point in zip(names, shown, strict=True))
     described = "; ".join(f"{row[0]}: {words.percent(row[2])} % at {words.number(row[1])} tokens" for row in rows)
     return Plot(
-        "accuracy-tokens",
-        "Accuracy against tokens",
-        f"Accuracy against tokens per question. {described}.",
+        identity,
+        title,
+        f"{title}. {described}.",
         "Up and to the left is better. Circle: one answer; square: vote; diamond: debate. Bars: 95 % Wilson intervals.",
         wide,
         narrow,
-        ("arm", "tokens per question", "accuracy", "low", "high", "n"),
+        (who, "tokens per question", "accuracy", "low", "high", "n"),
         rows,
     )
 

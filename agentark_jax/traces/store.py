@@ -215,6 +215,15 @@ class TraceStore:
                     found[key] = Said(*sampled, tuple(json.loads(parents)))
         return found
 
+    def parents(self, keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """The keys of the turns that the successful turns among these calls were shown, by key."""
+        found: dict[str, tuple[str, ...]] = {}
+        for page in self._pages("call_key, attempt, parents", keys=keys, errors=False):
+            for key, _, parents in page:
+                with self._reading((key,)):
+                    found[key] = tuple(json.loads(parents))
+        return found
+
     def texts(self, keys: Iterable[str]) -> dict[str, str]:
         """What was said in the successful turns among these calls, by key."""
         pages = self._pages("call_key, attempt, text", keys=keys, errors=False)
