@@ -159,7 +159,9 @@ def test_steps_that_do_not_fit_are_refused(changes):
         ("coefficients.charm", {"coefficients": {"charm": 1.0}}, "there are verifiable, process, format, length"),
         ("coefficients.mine:", {"coefficients": {"mine:": 1.0}}, "package.module:function"),
         ("coefficients.format", {"coefficients": {"format": math.nan}}, "a finite number"),
+        ("coefficients.length", {"coefficients": {"length": 1e7}, "overlong_buffer": 5}, "at most 1e+06 in size"),
         ("coefficients", {"coefficients": {}}, "at least one"),
+        ("coefficients", {"coefficients": {"verifiable": 0.0}}, "at least one reward that counts"),
         ("aggregate", {"aggregate": "max"}, "minimum_form"),
         ("overlong_buffer", {"coefficients": {"length": 1.0}}, "at least 1 beside coefficients.length"),
         ("overlong_buffer", {"overlong_buffer": 5}, "null without coefficients.length"),
@@ -218,6 +220,13 @@ BROKEN = {
     "return None": "returned None",
     "return 'good'": "returned 'good'",
     "return {}": "returned {}",
+    "return '1.5'": "returned '1.5'; return a finite number",
+    "return ['1'] * 9": "returned ['1', '1',",
+    "return 10 ** 400": "returned 1000000",
+    "return 1e20": "returned 1e+20; return a finite number, or one for each of the 9 tokens (rollout.ids), at most",
+    "return [0.0] * 8 + [-1e300]": "returned [0.0, 0.0,",
+    "rollout.ids[:] = 0": "raised ValueError: assignment destination is read-only",
+    "rollout.step_scores[:] = 1": "raised ValueError: assignment destination is read-only",
 }
 
 
@@ -228,6 +237,17 @@ def test_a_function_that_breaks_is_named_with_the_question(own, body, complaint)
         rewards([RIGHT], RewardConfig({"my_rewards:judge": 1.0}), MAX_TOKENS)
     assert str(caught.value).startswith("coefficients.my_rewards:judge: of a rollout of question q7 the function ")
     assert complaint in str(caught.value)
+
+
+def test_a_function_that_is_slow_is_named(own, monkeypatch, caplog):
+    own("def judge(rollout):\n    return 1\n")
+    rewards([RIGHT], RewardConfig({"my_rewards:judge": 1.0}), MAX_TOKENS)
+    assert not caplog.messages
+    monkeypatch.setattr("agentark_jax.training.rewards.SLOW_SECONDS", -1.0)
+    rewards([RIGHT, WRONG], RewardConfig({"my_rewards:judge": 1.0, "verifiable": 1.0}), MAX_TOKENS)
+    (named,) = caplog.messages
+    assert named.startswith("coefficients.my_rewards:judge: the function took ")
+    assert "for 2 rollouts" in named
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,9 @@ Aggregate = Literal["minimum_form", "steps", "min", "mean", "last", "product"]
 
 BUILT_IN = ("verifiable", "process", "format", "length")
 
+# Advantages are computed in float32: their squares, and the difference of 1 beside others, must be numbers there.
+LARGEST = 1e6
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -32,9 +35,8 @@ class RewardConfig:
     overlong_buffer: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            bool(self.coefficients), "coefficients", self.coefficients, "at least one reward, such as verifiable: 1"
-        )
+        given = self.coefficients
+        require(any(given.values()), "coefficients", given, "at least one reward that counts, such as verifiable: 1")
         for name, value in self.coefficients.items():
             module, colon, function = name.partition(":")
             if name not in BUILT_IN and not (module and colon and function.isidentifier()):
@@ -44,7 +46,8 @@ class RewardConfig:
                     f"coefficients.{name}: there is no such reward; {meant} functions of your own, named as "
                     "package.module:function"
                 )
-            require(math.isfinite(value), f"coefficients.{name}", value, "a finite number")
+            fix = f"a finite number, at most {LARGEST:g} in size"
+            require(math.isfinite(value) and abs(value) <= LARGEST, f"coefficients.{name}", value, fix)
         allowed = get_args(Aggregate)
         require(self.aggregate in allowed, "aggregate", self.aggregate, f"one of {', '.join(allowed)}")
         buffer, wanted = self.overlong_buffer, "length" in self.coefficients

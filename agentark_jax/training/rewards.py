@@ -7,14 +7,17 @@ A reward is one number per completion or one per token [T] of it. Rules for what
 - So does one that is empty, whose text is nothing but blanks.
 - One that is unparseable earns 0 by `verifiable` and `format`, and by `process` what its steps are worth.
 - By `length` all earn what their length earns; functions of the user's own are asked about all and see for themselves.
+  They are waited for, however long they take; the arrays that they are shown cannot be written to.
 
 None is dropped, for a group whose failures are missing has another mean; their shares are among the metrics. Nothing
 earns less than 0 by `verifiable`, `process` and `format`, so that saying nothing is never better than trying.
 """
 
 import difflib
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from typing import Any, Literal
@@ -26,9 +29,14 @@ from scipy.special import softmax
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.objectives.advantages import overlong_penalty
 from agentark_jax.records import Grade, Question
-from agentark_jax.training.reward_config import Aggregate, RewardConfig
+from agentark_jax.training.reward_config import LARGEST, Aggregate, RewardConfig
+
+logger = logging.getLogger(__name__)
 
 Reward = float | np.ndarray
+
+# A function of the user's own that takes so many seconds for the rollouts of an iteration is named.
+SLOW_SECONDS = 30.0
 
 # The softmax of PURE (arXiv 2504.15275) has 0.1 on scores 2·p(right) - 1, which is the same.
 MINIMUM_TEMPERATURE = 0.05
@@ -149,7 +157,15 @@ def _earned(rollouts: Sequence[Rollout], config: RewardConfig, max_tokens: int) 
             earned[name] = np.asarray(overlong_penalty(lengths, max_tokens, config.overlong_buffer)).tolist()
             continue
         function = functions.get(name) or partial(_by_user, name, reward_function(name))
+        began = time.monotonic()
         earned[name] = [function(rollout) for rollout in rollouts]
+        seconds = time.monotonic() - began
+        if ":" in name and seconds > SLOW_SECONDS:
+            logger.warning(
+                "coefficients.%s: the function took %.0f s for %d rollouts, and training waited; make it faster, or "
+                "give it less to do",
+                *(name, seconds, len(rollouts)),
+            )
     return earned
 
 
@@ -181,22 +197,42 @@ def process_reward(rollout: Rollout, aggregate: Aggregate) -> Reward:
 def _by_user(name: str, function: Callable[[Rollout], Any], rollout: Rollout) -> Reward:
     """What the user's function says, checked."""
     where = f"coefficients.{name}: of a rollout of question {rollout.question.id} the function"
-    fix = f"return a finite number, or one for each of the {len(rollout.ids)} tokens (rollout.ids)"
+    tokens = len(rollout.ids)
+    fix = f"return a finite number, or one for each of the {tokens} tokens (rollout.ids), at most {LARGEST:g} in size"
     try:
-        said = function(rollout)
+        said = function(_read_only(rollout))
     except Exception as error:  # whatever a user's function raises
         raise UsageError(
             f"{where} raised {type(error).__name__}: {error}; correct it, such that it copes with every completion"
         ) from error
     try:
+        if np.asarray(said).dtype.kind in "SUmM":  # texts and times, which would pass for numbers
+            raise TypeError("no number")
         reward = np.asarray(said, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UsageError(f"{where} returned {said!r:.200}; {fix}") from error
-    if reward.shape not in ((), (len(rollout.ids),)):
+    if reward.shape not in ((), (tokens,)):
         raise UsageError(f"{where} returned an array of shape {reward.shape}; {fix}")
-    if said is None or not np.all(np.isfinite(reward)):
+    if said is None or not np.all(np.abs(reward) <= LARGEST):
         raise UsageError(f"{where} returned {said!r:.200}; {fix}")
     return float(reward) if reward.ndim == 0 else reward
+
+
+def _read_only(rollout: Rollout) -> Rollout:
+    """The same, but whoever writes to its arrays gets an error: what is learned from is what was sampled."""
+
+    def view(array: Any) -> np.ndarray:
+        seen = np.asarray(array).view()
+        seen.flags.writeable = False
+        return seen
+
+    scores = rollout.step_scores
+    return replace(
+        rollout,
+        ids=view(rollout.ids),
+        step_ends=view(rollout.step_ends),
+        step_scores=None if scores is None else view(scores),
+    )
 
 
 def _reward_metrics(by_name: Mapping[str, np.ndarray], coefficients: Mapping[str, float]) -> dict[str, float]:
