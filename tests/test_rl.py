@@ -254,3 +254,28 @@ def test_the_verifier_alone_needs_no_process_reward_model():
         assert config.value("advantage") == "zscore"
     assert not RLConfig(rewards=VERIFIED).needs_prm
     assert RLConfig().needs_prm
+    logged = RLConfig(rewards=RewardConfig({"verifiable": 0.0, "process": 1.0}))
+    assert verifiable_only(logged).rewards_chosen.coefficients == {"verifiable": 1.0}
+
+
+def test_a_process_without_a_factor_is_logged(form, tmp_path):
+    config = replace(CONFIG, iterations=1, rewards=RewardConfig({"verifiable": 1.0, "process": 0.0}))
+    (record,) = run(form, tmp_path, config).history
+    assert 0 < record["reward/process"] < 1
+    assert record["reward"] == record["reward/verifiable"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"advantage": "papo"}, "advantage: 'papo' is not possible; it must be zscore"),
+        ({"correction_credit": True}, "correction_credit: True is not possible; it must be false"),
+        (
+            {"dynamic_sampling": 1, "advantage": "gae", "group_size": 1},
+            "dynamic_sampling: 1 is not possible; .* 0 with",
+        ),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(changes, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        replace(CONFIG, **changes)

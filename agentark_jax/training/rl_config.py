@@ -105,6 +105,12 @@ class RLConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.dynamic_sampling >= 0, "dynamic_sampling", self.dynamic_sampling, "0 or more")
         require(
+            self.dynamic_sampling == 0 or self.group_size >= 2,
+            "dynamic_sampling",
+            self.dynamic_sampling,
+            "0 with a group_size of 1: no rollout earns anything else than its group",
+        )
+        require(
             0 < self.temperature < math.inf,
             "temperature",
             self.temperature,
@@ -120,6 +126,19 @@ class RLConfig:
             "group_size",
             self.group_size,
             f"at least 2: the advantage {method} compares the rollouts of a group",
+        )
+        process = self.rewards_chosen.coefficients.get("process")
+        require(
+            bool(process) or method != "papo",
+            "advantage",
+            method,
+            "zscore, which is the same without a coefficient for the reward process, or have one",
+        )
+        require(
+            process is not None or not self.correction_credit,
+            "correction_credit",
+            self.correction_credit,
+            "false without the reward process, whose model says which steps are wrong",
         )
         require(
             self.updates <= self.questions,
@@ -162,7 +181,7 @@ class RLConfig:
 
     @property
     def needs_prm(self) -> bool:
-        return bool(self.value("rewards").coefficients.get("process"))
+        return "process" in self.rewards_chosen.coefficients
 
     def loss(self, max_tokens: int) -> PolicyLossConfig:
         """The policy loss for completions of at most so many tokens."""
@@ -183,10 +202,11 @@ class RLConfig:
 def verifiable_only(config: RLConfig) -> RLConfig:
     """The same without a process reward model: the verifier says what rollouts earn, compared within their groups."""
     kept = {name: value for name, value in config.rewards_chosen.coefficients.items() if name != "process"}
+    kept["verifiable"] = kept.get("verifiable") or 1.0
     method = config.value("advantage")
     return replace(
         config,
-        rewards=replace(config.rewards_chosen, coefficients={"verifiable": 1.0, **kept}),
+        rewards=replace(config.rewards_chosen, coefficients=kept),
         advantage="zscore" if method in ("pure", "papo") else method,
         correction_credit=False,
     )
