@@ -1117,8 +1117,14 @@ def _finals(work: Work, results: Mapping[str, Result]) -> Asked:
 def _shares(name: str, spent: Mapping[str, float]) -> str:
     """Where the time of a policy's iterations went, in words."""
     whole = spent["step_seconds"] or 1.0
-    parts = (("rollout", "sampling"), ("scoring", "scoring"), ("training", "training"), ("sync", "weights handed out"))
-    told = ", ".join(f"{words} {spent.get(f'{part}_seconds', 0.0) / whole:.0%}" for part, words in parts)
+    parts = {
+        "rollout": "sampling",
+        "scoring": "scoring",
+        "rewards": "rewards",
+        "training": "training",
+        "sync": "weights handed out",
+    }
+    told = ", ".join(f"{words} {spent.get(f'{part}_seconds', 0.0) / whole:.0%}" for part, words in parts.items())
     return f"{name}: {told}"
 
 

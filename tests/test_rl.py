@@ -69,7 +69,13 @@ def test_an_iteration_uses_the_policy_as_it_is(finished):
         assert 0 < record["entropy"] < np.log(400)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[0]["timing"].keys() >= {"rollout_seconds", "scoring_seconds", "training_seconds", "sync_seconds"}
+    assert lines[0]["timing"].keys() >= {
+        "rollout_seconds",
+        "scoring_seconds",
+        "rewards_seconds",
+        "training_seconds",
+        "sync_seconds",
+    }
 
 
 def test_every_question_comes_once_in_each_epoch_and_is_sampled_anew(finished):

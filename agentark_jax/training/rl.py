@@ -367,7 +367,8 @@ class _Loop:
         scored: dict[str, list[np.ndarray]] = {"rollout_logprobs": [each.logprobs for each in groups]}
         with times("scoring"):
             scored |= self._scores(state, groups)
-        found = self._earned(groups, scored)
+        with times("rewards"):
+            found = self._earned(groups, scored)
         record = _measured(groups, scored, found)
         learned = self._kept(groups, found, scored)
         counts["groups_without_signal"] += len(groups.samples) - int(found.informative.sum())
