@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from agentark_jax.errors import UsageError
 from agentark_jax.training.alarms import AlarmConfig, Alarms
+from agentark_jax.training.rl_config import RLConfig
 
 ITERATIONS = 40
 LIMITS = ("length_ratio", "step_ratio", "process_gap", "kl", "logprob_gap", "entropy_fall", "truncated")
@@ -93,6 +95,16 @@ def test_words_tell_what_happened():
     assert words.startswith("the process reward went from 0.500 to 0.")
     assert "the accuracy from 0.4" in words
     assert "give verifiable a larger coefficient" in words
+
+
+@pytest.mark.parametrize("change", ["far away", "one answer for all"])
+def test_words_name_keys_that_there_are(change):
+    tripped = run(HACKS[change][0])
+    words = tripped[min(tripped)][0].words
+    named = {"kl_loss", "kl_reward", "fit"}
+    assert named <= {word.split(".")[0] for word in re.findall(r"[\w.]+", words)}
+    assert named <= RLConfig.__dataclass_fields__.keys()
+    assert "kl_coefficient" not in words
 
 
 def test_an_alarm_needs_patience_and_repeats_itself_as_patiently():

@@ -206,7 +206,7 @@ _RULES: Mapping[str, _Rule] = {
         False,
         lambda now, first: now["kl/reference"],
         "the KL divergence to the reference is {value:.3g} nats per token",
-        "Raise kl_coefficient, or lower learning_rate",
+        "Raise kl_loss or kl_reward, or lower fit.learning_rate",
     ),
     "logprob_gap": _Rule(
         ("logprob_gap",),
@@ -222,7 +222,7 @@ _RULES: Mapping[str, _Rule] = {
         lambda now, first: _factor(first["entropy"], now["entropy"]),
         "the entropy is {entropy_now:.3g} nats per token and was {entropy_first:.3g} at first, less by a factor of "
         "{value:.3g}",
-        "The policy stops exploring: raise clip_high or kl_coefficient, or lower learning_rate",
+        "The policy stops exploring: raise clip_high, kl_loss or kl_reward, or lower fit.learning_rate",
     ),
     "truncated": _Rule(
         ("truncated",),
