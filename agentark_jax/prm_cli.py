@@ -16,7 +16,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agentark_jax.data.first_errors import READERS, Solution, drawn, line_labels, read_solutions
+from agentark_jax.data.first_errors import (
+    READERS,
+    LineLabels,
+    OtherText,
+    Solution,
+    check_solution,
+    drawn,
+    line_labels,
+    read_solutions,
+)
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.first_error_baselines import Found, Judged, compare
 from agentark_jax.evaluation.statistics import MeanInterval, sentence, wilson_interval
@@ -72,7 +81,7 @@ FILE has JSON lines (.gz, .json, .parquet too) {{"question", "steps": [texts]}} 
 Steps are then cut as in training, so that one of yours may be several, or a part of one. OUT gets a line a solution:
 "steps", their probabilities "right", "first_error" (from 0, null for none), and where it is marked in which of your
 steps that is, "line", and where the first error truly is, "true_line". Solutions longer than the model takes are
-"skipped".
+"skipped", as are marked ones that spell a control token, such as <eos>.
 
 Where first errors are marked (by the dataset, or by "first_error" beside "steps": a number from 0, or null if all are
 right) it prints, with Wilson's 95 % intervals, clustered by question: of wrong solutions the share whose first error is
@@ -102,6 +111,7 @@ resampled questions (bootstrap).
   agentark prm labels runs/lab --grader final_answer --speaker runs/lab/model --judge Qwen/Qwen3-0.6B --questions 50
 """
 OWN, FITTED = "own", "the model, threshold fitted"
+_OTHER_TEXT = "tokens do not say the text, which spells a control token or is changed by the tokenizer"
 _MODEL = "a directory in Hugging Face format, or a hub id"
 
 
@@ -189,8 +199,6 @@ def _read(path: Path, dataset: str | None) -> list[_Row]:
                     raise UsageError(f'{row.where}: {key} counts steps: give "steps", a list, instead of "solution".')
         if not isinstance(question, str) or not isinstance(lines, list) or not all(isinstance(x, str) for x in lines):
             raise UsageError(f'{row.where}: write {{"question": …, "steps": [texts]}} or {{"question", "solution"}}.')
-        if not "".join(lines).strip():
-            raise UsageError(f"{row.where}: a solution without a word has no steps; remove the row.")
         if error is not None and (type(error) is not int or not 0 <= error < len(lines)):
             raise UsageError(
                 f"{row.where}: first_error is {error!r}; it is a number of {len(lines)} steps, from 0, or null."
@@ -204,7 +212,9 @@ def _read(path: Path, dataset: str | None) -> list[_Row]:
             right = tuple(map(float, right))
             error = first_error(right)
         marked = right is not None or "first_error" in values
-        rows.append(_Row(Solution(question, tuple(lines), error, OWN, right), marked))
+        solution = Solution(question, tuple(lines), error, OWN, right)
+        check_solution(solution, row.where)
+        rows.append(_Row(solution, marked))
     return rows
 
 
@@ -238,7 +248,7 @@ def _score(options: Namespace) -> int:
             file.writelines(json.dumps(each, ensure_ascii=False) + "\n" for each in lines)
     skipped = sum("skipped" in each for each in lines)
     print(
-        f"{options.data}: {len(rows) - skipped:,} solutions scored, {skipped:,} skipped as too long for the model"
+        f"{options.data}: {len(rows) - skipped:,} solutions scored, {_skipped(lines)}"
         + ("" if options.out is None else f"; see {options.out}")
     )
     if learned and marked:
@@ -264,14 +274,23 @@ def _judge(
 
     display = Display(Console(stderr=True))
     found, sequences = {}, {}
+    labelled: dict[int, LineLabels | None] = {}
+    skipped: dict[int, str] = {}
     with display.bar("cut steps", total=len(rows)) as bar:
         for index, row in enumerate(rows):
+            bar.more(1)
             prompt = [token for segment in model.form.question(row.solution.asked) for token in segment]
             ids = list(model.form.response(row.solution.text))
-            if len(prompt) + len(ids) <= model.config.max_positions:
-                found[index] = steps(ids, model.form.tokenizer)
-                sequences[index] = ([*prompt, *ids], [len(prompt) + step.end - 1 for step in found[index]])
-            bar.more(1)
+            if len(prompt) + len(ids) > model.config.max_positions:
+                skipped[index] = f"longer than the {model.config.max_positions} tokens that the model takes"
+                continue
+            found[index] = steps(ids, model.form.tokenizer)
+            try:
+                labelled[index] = line_labels(row.solution, found[index]) if row.marked else None
+            except OtherText as told_otherwise:
+                skipped[index] = f"{_OTHER_TEXT}: {told_otherwise}"
+                continue
+            sequences[index] = ([*prompt, *ids], [len(prompt) + step.end - 1 for step in found[index]])
     with display.bar("score solutions", total=len(sequences)) as bar:
         given = list(sequences.values())
         scores = score_steps(model.config, model.params, model.head, given, mesh, progress=bar.more, **settings)
@@ -282,8 +301,8 @@ def _judge(
     for index, row in enumerate(rows):
         told: dict[str, Any] = {"question": row.solution.question}
         lines.append(told)
-        if index not in right:
-            told["skipped"] = f"longer than the {model.config.max_positions} tokens that the model takes"
+        if index in skipped:
+            told["skipped"] = skipped[index]
             continue
         error = first_error(right[index].tolist(), threshold)
         told |= {
@@ -294,8 +313,8 @@ def _judge(
         learned = is_learned(row.solution, model.card.published)
         if learned:
             told["learned"] = True
-        if row.marked:
-            labels = line_labels(row.solution, found[index])
+        labels = labelled[index]
+        if labels is not None:
             told["line"] = None if error is None else int(labels.lines[error])
             told["true_line"] = row.solution.first_error
             lengths = np.asarray([step.end - step.start for step in found[index]])
@@ -303,6 +322,14 @@ def _judge(
             if not learned:
                 judged.append(marked)
     return lines, judged
+
+
+def _skipped(lines: Sequence[Mapping[str, Any]]) -> str:
+    """How many solutions were skipped, and why."""
+    why = [each["skipped"] for each in lines if "skipped" in each]
+    other = sum(each.startswith(_OTHER_TEXT) for each in why)
+    more = f", {other:,} because their tokens do not say their text" if other else ""
+    return f"{len(why) - other:,} skipped as too long for the model{more}"
 
 
 def _tell(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
@@ -435,6 +462,8 @@ def _fit(arguments: Sequence[str]) -> int:
             f"long; {steps['right']:,} right and {steps['wrong']:,} wrong steps, {counts['unknown_steps']:,} more are "
             "not known"
         )
+        if counts.get("other_text"):
+            print(f"{counts['other_text']:,} more were left out because {_OTHER_TEXT}")
         if steps["wrong"]:
             print(
                 f"wrong steps count as much as right ones with prm.wrong_weight {steps['right'] / steps['wrong']:.3g}"
@@ -446,7 +475,7 @@ def _fit(arguments: Sequence[str]) -> int:
             asked = [_Row(kept[index], True) for index in drawn(kept, given.score, given.seed, whole=False)]
             lines, judged = _judge(model, asked, mesh, 0.5, tokens=given.batch_tokens)
             skipped = sum("skipped" in each for each in lines)
-            print(f"{len(kept):,} solutions were held out; {len(judged):,} scored, {skipped:,} skipped as too long")
+            print(f"{len(kept):,} solutions were held out; {len(judged):,} scored, {_skipped(lines)}")
             told |= {"scored": len(judged), "skipped": skipped, **(_tell(judged, 0.5) if judged else {})}
         else:
             print("no question was held out: score the model on other data, with `agentark prm score`")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from agentark_jax.config import PRMRun, flat
-from agentark_jax.data.first_errors import Solution, drawn, held_out, question_name, solution_example
+from agentark_jax.data.first_errors import OtherText, Solution, drawn, held_out, question_name, solution_example
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import write_json
 from agentark_jax.generation import Model
@@ -115,11 +115,15 @@ def _examples(
     shortest = min(limits, key=lambda key: limits[key])
     examples: list[Example] = []
     learned: set[str] = set()
-    counts = {"solutions": len(solutions), "too_long": 0, "unknown_steps": 0, "without_steps": 0}
+    counts = {"solutions": len(solutions), "too_long": 0, "unknown_steps": 0, "without_steps": 0, "other_text": 0}
     with display.bar("cut steps", total=len(solutions)) as bar:
         for solution in solutions:
             bar.more(1)
-            example, unknown = solution_example(model.form, solution)
+            try:
+                example, unknown = solution_example(model.form, solution)
+            except OtherText:
+                counts["other_text"] += 1
+                continue
             if example is None:
                 counts["without_steps"] += 1
             elif len(example.ids) > limits[shortest]:

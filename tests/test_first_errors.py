@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from agentark_jax.data.first_errors import Solution, line_labels, read_solutions, solution_example, step_targets
+from agentark_jax.data.first_errors import (
+    OtherText,
+    Solution,
+    line_labels,
+    read_solutions,
+    solution_example,
+    step_targets,
+)
 from agentark_jax.data.steps import steps
 from agentark_jax.errors import UsageError
 
@@ -200,3 +207,41 @@ def test_steps_of_which_nothing_is_known_are_not_learned(form):
     assert example.step_ends.tolist() == [*ends[:2], *ends[3:]]
     assert example.step_labels.tolist() == [1, 1, 0, 0]
     assert example.weights == {}
+
+
+MISTAKE = {"input": "q", "steps": ["a", "b"], "answer": "1", "target": "1", "mistake_index": 1}
+
+
+@pytest.mark.parametrize(
+    ("dataset", "row", "complaint"),
+    [
+        ("big_bench_mistake", {**MISTAKE, "input": 5}, "question and steps must be texts"),
+        ("big_bench_mistake", {**MISTAKE, "steps": ["a", 5]}, "question and steps must be texts"),
+        ("big_bench_mistake", {**MISTAKE, "steps": "ab"}, "is no list of steps"),
+        ("big_bench_mistake", {**MISTAKE, "steps": {"a": 1}}, "is no list of steps"),
+        ("big_bench_mistake", {**MISTAKE, "steps": [], "mistake_index": None}, "a solution without a word"),
+        ("big_bench_mistake", {**MISTAKE, "steps": [" "], "mistake_index": 0}, "a solution without a word"),
+        ("big_bench_mistake", {**MISTAKE, "input": "q\ud800"}, r"has '\\ud800', which is half of a character"),
+        ("big_bench_mistake", {**MISTAKE, "steps": ["a", "\udfff"]}, r"has '\\udfff', which is half of a character"),
+        ("big_bench_mistake", {**MISTAKE, "mistake_index": 0.5}, "0.5 is no number of a step"),
+        ("big_bench_mistake", {**MISTAKE, "mistake_index": -1}, "line 0 is marked as wrong"),
+        (
+            "prm800k",
+            {"question": {"problem": "q"}, "label": {"steps": [{"completions": [], "chosen_completion": None}]}},
+            "IndexError.* this is no row of prm800k",
+        ),
+        ("prm800k", {"question": {"problem": "q"}, "label": {"steps": [5]}}, "this is no row of prm800k"),
+    ],
+)
+def test_rows_of_another_kind_are_named(tmp_path, dataset, row, complaint):
+    with pytest.raises(UsageError, match=f"line 1: .*{complaint}"):
+        read_solutions(dataset, published(tmp_path, row))
+
+
+def test_a_row_without_a_step_is_left_out(tmp_path):
+    assert read_solutions("prm800k", published(tmp_path, {"question": {"problem": "q"}, "label": {"steps": []}})) == []
+
+
+def test_what_spells_a_control_token_is_told(form):
+    with pytest.raises(OtherText, match="these are not the steps"):
+        solution_example(form, Solution("?", ("a<eos>b", "c"), 0, "made"))

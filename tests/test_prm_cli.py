@@ -50,7 +50,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def write(path: Path, rows) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -148,12 +148,23 @@ def test_published_files_are_scored(model, dataset, tmp_path, capsys):
         ({"question": "?", "steps": ["a"], "first_error": 1}, "line 1: first_error is 1; it is a number of 1 steps"),
         ({"question": "?", "steps": ["a"], "first_error": True}, "first_error is True"),
         ({"question": "?", "steps": [" "]}, "without a word"),
+        ({"question": "?\ud800", "steps": ["a"]}, r"has '\ud800', which is half of a character"),
     ],
 )
 def test_rows_that_cannot_be_scored(model, tmp_path, capsys, row, message):
     data = write(tmp_path / "data.jsonl", [row])
     assert main(["prm", "score", "--model", str(model), "--data", str(data)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_spells_a_control_token_is_skipped_where_it_is_marked(model, tmp_path, capsys):
+    row = {"question": "?", "steps": ["a<eos>b", "c"], "first_error": 0}
+    data, out = write(tmp_path / "data.jsonl", [*own_rows(1), row]), tmp_path / "out.jsonl"
+    assert main(["prm", "score", "--model", str(model), "--data", str(data), "--out", str(out)]) == 0
+    _, skipped = read(out)
+    assert skipped["skipped"].startswith("tokens do not say the text, which spells a control token")
+    printed = capsys.readouterr().out
+    assert "1 solutions scored, 0 skipped as too long for the model, 1 because their tokens do not say" in printed
 
 
 def test_arguments_that_cannot_be_used(model, tmp_path, capsys):

@@ -53,6 +53,10 @@ def question_name(text: str) -> str:
     return stable_hash(["question", " ".join(text.split()).casefold()])
 
 
+class OtherText(ValueError):
+    """Tokens do not say the text that they were made of: it spells a control token, or the tokenizer changes it."""
+
+
 class LineLabels(NamedTuple):
     """What a solution's lines say of the S steps of a completion of its text; see `line_labels`."""
 
@@ -72,7 +76,7 @@ def line_labels(solution: Solution, steps: Sequence[Step]) -> LineLabels:
     wrong line for all steps that have a part of it.
 
     Raises:
-        ValueError: the steps do not say the solution's text.
+        OtherText: the steps do not say the solution's text.
     """
     first, last, lines = _placed(solution, steps)
     if solution.first_error is None:
@@ -109,7 +113,7 @@ def _placed(
     said = "".join(step.text for step in steps)
     offset = said.find(solution.text)
     if offset < 0:
-        raise ValueError(f"these are not the steps of this solution: {said[:80]!r} instead of {solution.text[:80]!r}")
+        raise OtherText(f"these are not the steps of this solution: {said[:80]!r} instead of {solution.text[:80]!r}")
     lengths = [len(line) + 1 for line in solution.lines]
     begins = offset + np.cumsum([0, *lengths[:-1]])
     starts = np.asarray([0, *accumulate(len(step.text) for step in steps)][:-1])
@@ -129,6 +133,7 @@ def solution_example(form: Format, solution: Solution) -> tuple[Example | None, 
     """What a process reward model learns from a solution: which of its steps are right, after the question alone.
 
     Steps of which that is not known (`step_targets`) are none that it learns, and counted; None where no other is left.
+    Raises OtherText where the tokens do not say the solution's text.
     """
     prompt = [token for segment in form.question(solution.asked) for token in segment]
     completion = list(form.response(solution.text))
@@ -172,36 +177,64 @@ def read_solutions(dataset: str, path: Path) -> list[Solution]:
     for row in read_file(path, dataset):
         try:
             found = READERS[dataset](row.values)
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{row.where}: {error!r}; this is no row of {dataset}: give its file as published."
             ) from error
         for solution in found:
-            if solution.first_error is not None and not 0 <= solution.first_error < len(solution.lines):
-                raise UsageError(
-                    f"{row.where}: line {solution.first_error + 1} is marked as wrong, but there are "
-                    f"{len(solution.lines)}; correct or remove the row."
-                )
+            check_solution(solution, row.where)
         solutions += found
     # Errors were planted several times in one original.
     return list(dict.fromkeys(solutions)) if dataset == PAIRS else solutions
 
 
+def check_solution(solution: Solution, where: str) -> None:
+    """Raises UsageError, naming where it stands, for a solution of which nothing can be said."""
+    texts = (solution.question, *solution.lines, "" if solution.origin is None else solution.origin)
+    if not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{where}: question and steps must be texts; correct or remove the row.")
+    if not solution.text.strip():
+        raise UsageError(f"{where}: a solution without a word has no steps; remove the row.")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])
+        raise UsageError(f"{where}: has {half}, which is half of a character; correct or remove the row.") from error
+    if solution.first_error is not None and not 0 <= solution.first_error < len(solution.lines):
+        raise UsageError(
+            f"{where}: line {solution.first_error + 1} is marked as wrong, but there are {len(solution.lines)}; "
+            "correct or remove the row."
+        )
+
+
+def _lines(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.80} is no list of steps")
+    return tuple(value)
+
+
+def _index(value: Any) -> int:
+    number = int(value)
+    if not isinstance(value, str) and number != value:
+        raise ValueError(f"{value} is no number of a step")
+    return number
+
+
 def _mr_ben(row: Mapping[str, Any]) -> list[Solution]:
     asked = "\n".join(part for part in (row["Question"], row["Options"]) if part)
     wrong = {"correct": False, "incorrect": True}[row["Model_Solution_Correctness"]]
-    error = int(row["Model_Solution_First_Error_Step"]) - 1 if wrong else None
-    return [Solution(asked, tuple(row["Model_Solution_Steps"]), error, row["Sampled_Model"])]
+    error = _index(row["Model_Solution_First_Error_Step"]) - 1 if wrong else None
+    return [Solution(asked, _lines(row["Model_Solution_Steps"]), error, row["Sampled_Model"])]
 
 
 def _mr_gsm8k(row: Mapping[str, Any]) -> list[Solution]:
     wrong = {"right": False, "correct": False, "wrong": True}[row["model_output_solution_correctness"]]
-    error = int(row["model_output_solution_first_error_step"]) - 1 if wrong else None
-    return [Solution(row["question"], tuple(row["model_output_steps"]), error, row["question_type"])]
+    error = _index(row["model_output_solution_first_error_step"]) - 1 if wrong else None
+    return [Solution(row["question"], _lines(row["model_output_steps"]), error, row["question_type"])]
 
 
 def _prmbench(row: Mapping[str, Any]) -> list[Solution]:
-    lines = tuple(row["modified_process"])
+    lines = _lines(row["modified_process"])
     # Some rows mark steps past the end, and a few no other ones: their error is nowhere.
     marked = [step - 1 for step in row["error_steps"] if step <= len(lines)]
     asked, origin = row["modified_question"], row["original_question"]
@@ -210,13 +243,13 @@ def _prmbench(row: Mapping[str, Any]) -> list[Solution]:
 
 def _prmbench_pairs(row: Mapping[str, Any]) -> list[Solution]:
     origin = row["original_question"]
-    return [*_prmbench(row), Solution(origin, tuple(row["original_process"]), None, "original", origin=origin)]
+    return [*_prmbench(row), Solution(origin, _lines(row["original_process"]), None, "original", origin=origin)]
 
 
 def _big_bench_mistake(row: Mapping[str, Any]) -> list[Solution]:
     kind = "right answer" if row["answer"] == row["target"] else "wrong answer"
-    error = None if row["mistake_index"] is None else int(row["mistake_index"])
-    return [Solution(row["input"], tuple(row["steps"]), error, kind)]
+    error = None if row["mistake_index"] is None else _index(row["mistake_index"])
+    return [Solution(row["input"], _lines(row["steps"]), error, kind)]
 
 
 def _prm800k(row: Mapping[str, Any]) -> list[Solution]:
@@ -230,7 +263,7 @@ def _prm800k(row: Mapping[str, Any]) -> list[Solution]:
             return [Solution(row["question"]["problem"], tuple(lines), len(lines) - 1, "wrong")]
         if place is None:
             break
-    return [Solution(row["question"]["problem"], tuple(lines), None, "right")]
+    return [Solution(row["question"]["problem"], tuple(lines), None, "right")] if lines else []
 
 
 _TAG = "\u043a\u0438"  # Math-Shepherd's, Cyrillic, at the end of each step
@@ -257,8 +290,8 @@ def _math_shepherd(row: Mapping[str, Any]) -> list[Solution]:
 
 # By dataset: MR-Ben (github.com/dvlab-research/Mr-Ben, flattened to a row a solution), MR-GSM8K, PRMBench (rows whose
 # every marked step is past the end are left out), the same with the right solutions that its errors were planted in,
-# each once, BIG-Bench-Mistake, PRM800K, Math-Shepherd. (Math-APS has values of prefixes that do not continue each
-# other, and so no solutions.)
+# each once, BIG-Bench-Mistake, PRM800K (rows without a step are left out), Math-Shepherd. (Math-APS has values of
+# prefixes that do not continue each other, and so no solutions.)
 PAIRS = "prmbench_pairs"
 READERS: Mapping[str, Callable[[Mapping[str, Any]], list[Solution]]] = {
     "mr_ben": _mr_ben,
