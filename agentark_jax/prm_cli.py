@@ -187,7 +187,7 @@ class _Row:
 
 def _read(path: Path, dataset: str | None) -> list[_Row]:
     if dataset is not None:
-        return [_Row(solution, True) for solution in read_solutions(dataset, path)]
+        return [_Row(solution, solution.whole) for solution in read_solutions(dataset, path)]
     rows = []
     for row in read_file(path, "--data"):
         values = row.values
@@ -437,7 +437,7 @@ def _fit(arguments: Sequence[str]) -> int:
             raise UsageError(f"--{key} is {given[key]}: give a number from {least} on.")
     files = tuple(Path(name) for name in given.data.split(",") if name)
     rows = [row for path in files for row in _read(path, given.dataset)]
-    unmarked = sum(not row.marked for row in rows)
+    unmarked = sum(not row.marked and row.solution.values is None for row in rows)
     if unmarked:
         raise UsageError(
             f'--data {given.data}: {unmarked:,} of {len(rows):,} solutions have no labels; give "first_error" or '
@@ -472,7 +472,9 @@ def _fit(arguments: Sequence[str]) -> int:
         if kept:
             mesh = make_mesh(MeshConfig())
             model = load_prm(out, mesh)
-            asked = [_Row(kept[index], True) for index in drawn(kept, given.score, given.seed, whole=False)]
+            asked = [
+                _Row(kept[index], kept[index].whole) for index in drawn(kept, given.score, given.seed, whole=False)
+            ]
             lines, judged = _judge(model, asked, mesh, 0.5, tokens=given.batch_tokens)
             skipped = sum("skipped" in each for each in lines)
             print(f"{len(kept):,} solutions were held out; {len(judged):,} scored, {_skipped(lines)}")

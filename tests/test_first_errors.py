@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ FILES = {
     ("big_bench_mistake", "big_bench_mistake/dyck_languages.jsonl.gz"): (986, 650),
     ("prm800k", "prm800k/samples.jsonl"): (6, 3),
     ("math_shepherd", "math_shepherd/samples.jsonl"): (7, 7),
+    ("math_aps", "math_aps/samples.jsonl.gz"): (89 + 12 + 41, 0),  # of three questions; one beginning of each is empty
 }
 
 
@@ -183,6 +185,24 @@ def test_math_shepherds_signs_stand_where_its_tags_are(tmp_path):
     for damaged in ({"label": row["label"].replace("-", "?")}, {"input": row["input"] + " and more"}):
         with pytest.raises(UsageError, match=r"line 1.*this is no row of math_shepherd"):
             read_solutions("math_shepherd", published(tmp_path, {**row, **damaged}))
+
+
+def test_math_aps_has_beginnings_with_values_at_their_ends(tmp_path, form):
+    prefixes = [("How many?", 0.5), ("How many?\n\n 1 + 1 = 2.\n2 + 1 = 4.", 0.25), ("How many?\n\n1 + 1 = 2.\n", 1.0)]
+    steps_of_row = [{"solution_prefix": text, "mc_value": value} for text, value in prefixes]
+    row = {"question": "How many?", "final_answer": "3", "question_id": 1, "reasoning_steps": steps_of_row}
+    begun, right = read_solutions("math_aps", published(tmp_path, row))
+    assert begun == Solution("How many?", ("1 + 1 = 2.\n2 + 1 = 4.",), None, "beginning", (0.25,), whole=False)
+    assert (right.text, right.values) == ("1 + 1 = 2.", (1.0,))
+    example, unknown = solution_example(form, begun)
+    # The answer goes on: its last step ends where its last token does, and nothing says that it stops there.
+    whole, _ = solution_example(form, replace(begun, whole=True))
+    assert whole.ids[:-1].tolist() == example.ids.tolist()
+    assert whole.ids[-1] in form.stop_ids
+    assert (example.step_labels.tolist(), example.step_ends.tolist(), unknown) == ([0.25], [len(example.ids) - 1], 1)
+    for broken in ({"mc_value": 1.5}, {"solution_prefix": "Why? 1"}):
+        with pytest.raises(UsageError, match=r"line 1.*this is no row of math_aps"):
+            read_solutions("math_aps", published(tmp_path, {**row, "reasoning_steps": [{**steps_of_row[1], **broken}]}))
 
 
 def test_values_of_lines_go_to_the_steps_that_they_end_in(form):

@@ -22,7 +22,8 @@ class Solution:
 
     `kind` is what the dataset tells of the error or the solution: its class, subject or model. `values`, from 0 to 1,
     are how probably each line is right, where the dataset says that of each; `origin` is the question that this one is
-    a variant of, where the dataset has changed it.
+    a variant of, where the dataset has changed it. One that is not `whole` is the beginning of an answer, of which it
+    is not known where the first error is.
     """
 
     question: str
@@ -31,6 +32,7 @@ class Solution:
     kind: str
     values: tuple[float, ...] | None = None
     origin: str | None = None
+    whole: bool = True
 
     @property
     def text(self) -> str:
@@ -137,6 +139,8 @@ def solution_example(form: Format, solution: Solution) -> tuple[Example | None, 
     """
     prompt = [token for segment in form.question(solution.asked) for token in segment]
     completion = list(form.response(solution.text))
+    while not solution.whole and completion and completion[-1] in form.stop_ids:
+        completion.pop()
     found = steps(completion, form.tokenizer)
     right, known = step_targets(solution, found)
     unknown = int((~known).sum())
@@ -288,10 +292,23 @@ def _math_shepherd(row: Mapping[str, Any]) -> list[Solution]:
     return [Solution(question.strip(), lines, error, str(row["task"]), values)]
 
 
+def _math_aps(row: Mapping[str, Any]) -> list[Solution]:
+    """Beginnings of answers, each with the share of its continuations that end right; empty ones are left out."""
+    question, found = row["question"], []
+    for step in row["reasoning_steps"]:
+        prefix, value = step["solution_prefix"], float(step["mc_value"])
+        if not prefix.startswith(question) or not 0 <= value <= 1:
+            raise ValueError("a solution_prefix does not begin with the question, or its mc_value is no share")
+        said = prefix[len(question) :].strip()
+        if said:
+            found.append(Solution(question, (said,), None, "beginning", (value,), whole=False))
+    return found
+
+
 # By dataset: MR-Ben (github.com/dvlab-research/Mr-Ben, flattened to a row a solution), MR-GSM8K, PRMBench (rows whose
 # every marked step is past the end are left out), the same with the right solutions that its errors were planted in,
-# each once, BIG-Bench-Mistake, PRM800K (rows without a step are left out), Math-Shepherd. (Math-APS has values of
-# prefixes that do not continue each other, and so no solutions.)
+# each once, BIG-Bench-Mistake, PRM800K (rows without a step are left out), Math-Shepherd, Math-APS (beginnings, which
+# do not continue each other).
 PAIRS = "prmbench_pairs"
 READERS: Mapping[str, Callable[[Mapping[str, Any]], list[Solution]]] = {
     "mr_ben": _mr_ben,
@@ -300,5 +317,6 @@ READERS: Mapping[str, Callable[[Mapping[str, Any]], list[Solution]]] = {
     "big_bench_mistake": _big_bench_mistake,
     "prm800k": _prm800k,
     "math_shepherd": _math_shepherd,
+    "math_aps": _math_aps,
     PAIRS: _prmbench_pairs,
 }
