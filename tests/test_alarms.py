@@ -194,6 +194,7 @@ def test_iterations_come_one_after_the_other():
         ("action", "pray"),
         ("patience", 0),
         ("baseline_iterations", 0),
+        ("truncated", 1.0),
         *((name, 0.0) for name in LIMITS),
         *((name, math.nan) for name in LIMITS),
         *((name, 1.0) for name in ("length_ratio", "step_ratio", "entropy_fall")),

@@ -307,6 +307,7 @@ def test_labels_that_contrast_nothing_are_refused(tiny, examples, tmp_path):
         ({"coefficients": {}}, "coefficients: .* a factor above zero"),
         ({"temperature": 0.0}, "temperature: 0"),
         ({"wrong_weight": 0.0}, "wrong_weight: 0"),
+        ({"wrong_weight": 2.0}, r"wrong_weight: 2\.0 .* 1 without the term cross_entropy"),
         ({"continuations": 0}, "continuations: 0 .* at least 1"),
         ({"questions": 0}, "questions: 0 .* null"),
         ({"turns": 1}, "turns: 1 .* at least 2 for the contrastive"),
@@ -319,7 +320,8 @@ def test_bad_config(values, message):
 
 
 def test_a_weight_makes_another_model_and_no_weight_the_same():
-    assert PRMConfig(wrong_weight=2.0).fingerprint() != PRMConfig().fingerprint()
+    weighted, plain = (PRMConfig(faithful_to="release", wrong_weight=weight) for weight in (2.0, 1.0))
+    assert weighted.fingerprint() != plain.fingerprint()
     assert "wrong_weight" not in str(PRMConfig().fingerprint()), "models of before stay what they are"
 
 

@@ -58,6 +58,8 @@ class AlarmConfig:
             limit = getattr(self, key)
             lowest = 1.0 if key in ("length_ratio", "step_ratio", "entropy_fall") else 0.0
             require(limit is None or lowest < limit < math.inf, key, limit, f"above {lowest:g}, or null")
+        share = self.truncated
+        require(share is None or share < 1, "truncated", share, "a share below 1, or null")
 
 
 @dataclass(frozen=True)

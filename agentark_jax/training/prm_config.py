@@ -74,6 +74,12 @@ class PRMConfig:
         for key in ("temperature", "wrong_weight"):
             value = getattr(self, key)
             require(value > 0 and math.isfinite(value), key, value, "a positive number")
+        require(
+            self.wrong_weight == 1 or "cross_entropy" in self.terms(),
+            "wrong_weight",
+            self.wrong_weight,
+            "1 without the term cross_entropy, which alone it weighs: see coefficients",
+        )
         require(self.continuations >= 1, "continuations", self.continuations, "at least 1")
         for key in ("questions", "turns"):
             value = getattr(self, key)
