@@ -154,7 +154,7 @@ def test_a_second_run_does_nothing(finished):
         shutil.rmtree(finished / stage)
     before = rollouts(finished)
     shown = complete(finished.parent, "--rl.iterations", "8")  # the stage is made again of the rollouts that are there
-    assert re.search(r"pad: sampling \d+%, scoring \d+%, training \d+%, weights handed out \d+%", shown)
+    assert re.search(r"pad: sampling \d+%, scoring \d+%, rewards \d+%, training \d+%, weights handed out \d+%", shown)
     assert rollouts(finished) == before
 
 
