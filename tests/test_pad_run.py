@@ -99,22 +99,20 @@ def test_a_policy_learns_from_rollouts_judged_by_a_model_of_the_debate(finished)
     assert "Rollouts by iteration" in (finished / "report.html").read_text()
 
 
-def test_judges_that_know_nothing_of_steps_and_a_verifier(finished, tmp_path):
-    """Beside what is there: an outcome judge and a placebo, of another size than the student, and a verifier."""
+def test_judges_that_know_nothing_of_steps(finished, tmp_path):
+    """Beside what is there: an outcome judge and a placebo, of another size than the student."""
     directory = tmp_path / NAME
     shutil.copytree(finished, directory)
     raw = finished / "raw_model" / "model"
     larger = shutil.copytree(raw, tmp_path / "larger", ignore=shutil.ignore_patterns("*.safetensors"))
     write_model(larger, load_config(raw).vocab_size, hidden_size=64, max_positions=1024)
-    arms = ["verifier", "pad_outcome", "pad_random"]
+    arms = ["pad_outcome", "pad_random"]
     options = ("--update", "--rl.iterations", "2", "--arms", f"[{', '.join(arms)}]", "--prm.model", str(larger))
     complete(tmp_path, *options)
     told = {stage: load_step_labels(directory / stage / LABELS) for stage in STEP_LABELS}
     with TraceStore(directory / "traces.sqlite", read_only=True) as store:
-        (grader,) = {name for name in store.graders() if not name.startswith("verifier")}
+        (grader,) = store.graders()
         verdicts = {key: label.verdict for key, label in store.labels(grader).items()}
-        chosen = [t.turn_key for t in load_selection(directory / "select" / "verifier.parquet").trajectories]
-        called = store.labels(counts(directory, "verdicts")["grader"])
     assert {each.key: set(each.right) for each in told["step_labels_outcome"]} == {
         each.key: {float(verdicts[each.key] == "right")} for each in told["step_labels_outcome"]
     }
@@ -125,14 +123,38 @@ def test_judges_that_know_nothing_of_steps_and_a_verifier(finished, tmp_path):
         model = directory / stage / counts(directory, stage)["location"]
         assert load_heads(model, load_config(model))["prm"]["weight"].shape == (2, 64)
     assert len({counts(directory, stage)["revision"] for stage in ("prm", "prm_outcome", "prm_random")}) == 3
-    assert len({counts(directory, arm)["revision"] for arm in ("base", "student", *arms)}) == 5
-    assert chosen
-    assert {called[key].verdict for key in chosen} == {"right"}
-    assert len(chosen) == len(load_selection(directory / "select" / "student.parquet").trajectories)
+    assert len({counts(directory, arm)["revision"] for arm in ("base", "student", *arms)}) == 4
     results = json.loads((directory / "results.json").read_text())
     assert results["judges"].keys() == {"prm_outcome", "prm_random"}
     assert set(arms) <= results["arms"].keys()
     assert "Everything was up to date" in complete(tmp_path, *options[1:])
+
+
+def test_a_verifier_chooses_what_it_calls_right(finished, tmp_path):
+    """What so small a model calls right is chance: too little of it, and the run says so and ends."""
+    directory = tmp_path / NAME
+    shutil.copytree(finished, directory)
+    process = start(tmp_path, "--update", "--arms", "[verifier]")
+    shown, _ = process.communicate(timeout=1200)
+    with TraceStore(directory / "traces.sqlite", read_only=True) as store:
+        (verifier,) = {name for name in store.graders() if name.startswith("verifier")}
+        called = {key: label.verdict for key, label in store.labels(verifier).items()}
+        last = {turn.key for turn in store.turns(keys=called) if turn.call.round == 1}
+    assert last == called.keys()
+    assert counts(directory, "verdicts")["right"] == sum(verdict == "right" for verdict in called.values())
+    if "right" not in called.values():
+        assert process.returncode == 1
+        assert "it calls none" in " ".join(shown.split())
+    elif process.returncode:
+        assert "The arms cannot be matched" in " ".join(shown.split()), shown
+    else:
+        chosen, student = (
+            [t.turn_key for t in load_selection(directory / "select" / f"{name}.parquet").trajectories]
+            for name in ("verifier", "student")
+        )
+        assert len(chosen) == len(student) > 0
+        assert {called[key] for key in chosen} == {"right"}
+        assert "verifier" in json.loads((directory / "results.json").read_text())["arms"]
 
 
 def test_more_debates_pay_as_much_as_the_rollouts(finished):
