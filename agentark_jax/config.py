@@ -80,6 +80,8 @@ class WarmStartConfig:
         revision_share: share of the warm-start questions kept for the second phase.
         peers: answers sampled per question for the second phase; one is shown as the agent's own.
         revisions: examples of the later-round format made of one question, each with another answer as the own one.
+        alone: so many of these show the own answer without peers, so that the base can refine by itself
+            (`self_refine` of arms) as well as in a debate.
         answer: training of the first phase.
         revision: training of the second phase.
     """
@@ -87,6 +89,7 @@ class WarmStartConfig:
     revision_share: float = 0.5
     peers: int = 3
     revisions: int = 1
+    alone: int = 0
     answer: FitConfig = field(default_factory=FitConfig)
     revision: FitConfig = field(default_factory=FitConfig)
 
@@ -99,6 +102,11 @@ class WarmStartConfig:
             raise UsageError(
                 f"warm_start.revisions is {self.revisions}: give 1 to {self.peers} (warm_start.peers), since each "
                 "revision of a question takes another answer as its own."
+            )
+        if not 0 <= self.alone < self.revisions:
+            raise UsageError(
+                f"warm_start.alone is {self.alone}: give 0 to {self.revisions - 1}, fewer than warm_start.revisions "
+                f"({self.revisions}), since the others teach to debate."
             )
 
 

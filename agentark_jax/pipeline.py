@@ -22,7 +22,15 @@ from agentark_jax.arms import ARMS, STUDENT, Arm, Judged, Source, data_of, start
 from agentark_jax.cast import Agents, Cast, model_directory
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
-from agentark_jax.data.render import OWN_FIRST, Format, PlainFormat, completion_example, dialogue_example, turn_example
+from agentark_jax.data.render import (
+    OWN_FIRST,
+    Format,
+    PlainFormat,
+    completion_example,
+    dialogue_example,
+    revision_example,
+    turn_example,
+)
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answer, weigh
 from agentark_jax.errors import AgentArkError, UsageError
@@ -342,7 +350,9 @@ class Pipeline:
         def build_base(work: Work) -> None:
             peers = self._sampled(sampled)
             revisions = [
-                self._revision_example(question, peers[question.id], form, index + turn)
+                revision_example(
+                    form, question, peers[question.id], index + turn, self.cast.layout(), alone=turn < settings.alone
+                )
                 for index, question in enumerate(second)
                 for turn in range(settings.revisions)
             ]
@@ -357,27 +367,11 @@ class Pipeline:
             config={
                 "fit": settings.revision.fingerprint(),
                 "revisions": settings.revisions,
+                **({"alone": settings.alone} if settings.alone else {}),
                 "seed": self.seed,
                 **({} if self.cast.layout() == OWN_FIRST else {"layout": asdict(self.cast.layout())}),
             },
             inputs={"model": taught, "samples": sampled},
-        )
-
-    def _revision_example(
-        self, question: Question, answers: Mapping[str, Sequence[int]], form: Format, index: int
-    ) -> Example:
-        """Gold rationale after the model's own answers; which of them plays the agent's own part takes turns."""
-        ids = list(answers.values())
-        own = index % len(ids)
-        others = [peer for peer in range(len(ids)) if peer != own]
-        layout = replace(self.cast.layout(), agents=(own + 1, *(peer + 1 for peer in others)))
-        prompt = form.revision(question, ids[own], [ids[peer] for peer in others], layout=layout)
-        return completion_example(
-            prompt,
-            form.response(question.rationale),
-            question_id=question.id,
-            variant="gold_revision",
-            trace_keys=list(answers),
         )
 
     def speak(

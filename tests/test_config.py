@@ -150,6 +150,7 @@ def test_later_options_override_the_file():
         ("curve: [1.5]", r"curve is \[1\.5\]"),
         ("fit: {eval_every: 5}", r"fit\.eval_every is 5: students are not validated"),
         ("warm_start: {answer: {eval_every: 5}}", r"warm_start\.answer\.eval_every is 5: set questions\.validation"),
+        ("warm_start: {revisions: 2, peers: 2, alone: 2}", r"warm_start\.alone is 2: give 0 to 1, fewer than"),
         ("fit: {coefficients: {answer: 1.0}}", r"fit\.coefficients is .*two terms reasoning and answer"),
         ("warm_start: {answer: {coefficients: {reasoning: 1, answer: 1}}}", r"warm_start\.answer\.coefficients is "),
         ("select: {weighting: equal}", r"select\.weighting"),

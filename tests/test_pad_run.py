@@ -220,7 +220,7 @@ def test_the_alarm_ends_a_policy_that_games_its_reward(finished, tmp_path):
     module.write_text("def longer(rollout):\\n    return len(rollout.ids) / 32\\n".replace("\\n", "\n"))
     shutil.copytree(finished, tmp_path / NAME)
     options = (
-        *("--update", "--arms", "[control, vr]", "--rl.iterations", "40", "--rl.fit.learning_rate", "3e-3"),
+        *("--update", "--arms", "[gold, vr]", "--rl.iterations", "40", "--rl.fit.learning_rate", "3e-3"),
         *("--rl.rewards.coefficients", '{"greedy_rewards:longer": 1.0, "verifiable": 0.0}'),
         *("--rl.alarms.action", "rollback", "--rl.alarms.length_ratio", "1.3", "--rl.alarms.patience", "2"),
         *("--rl.alarms.truncated", "0.3"),

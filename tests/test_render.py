@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from agentark_jax.data.render import completion_example
+from agentark_jax.data.render import OWN_FIRST, completion_example, revision_example
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.records import Question
@@ -23,6 +23,18 @@ def test_a_response_ends_with_the_end_token_and_decodes_to_its_text(form):
     assert ids[-1] == form.tokenizer.eos_id
     assert form.tokenizer.eos_id not in ids[:-1]
     assert form.tokenizer.decode(ids) == "\n3 + 4 = 7. The answer is 7."
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_every_answer_takes_its_turn_as_the_own_one_with_or_without_the_others_in_sight(form, alone):
+    answers = {name: form.response(name) for name in ("first", "second", "third")}
+    for index, own in enumerate([*answers, "first"]):
+        example = revision_example(form, QUESTION, answers, index, OWN_FIRST, alone=alone)
+        told = form.tokenizer.decode([token for token in example.ids.tolist() if token != form.tokenizer.eos_id])
+        others = "" if alone else "".join(f"\nAnother answer:\n{name}" for name in answers if name != own)
+        head = "Question: Mia has 3 apples. How many?\nMy answer:"
+        assert told.startswith(f"{head}\n{own}{others}\nBetter answer:")
+        assert example.weights["completion"].sum() == len(form.response(QUESTION.rationale))
 
 
 def test_a_revision_holds_every_answer_verbatim_without_its_end_token(form):

@@ -21,7 +21,7 @@ last round):
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -212,6 +212,26 @@ def completion_example(
     weights[len(prompt_ids) :] = 1.0
     ids = np.asarray([*prompt_ids, *completion], np.int32)
     return Example(ids, {"completion": weights}, question_id, variant, tuple(trace_keys), retokenised)
+
+
+def revision_example(
+    form: Format, question: Question, answers: Mapping[str, Sequence[int]], index: int, layout: Layout, *, alone: bool
+) -> Example:
+    """What teaches to revise: the gold rationale after the model's own answers, which are given by the turn's key.
+
+    Which of them plays the agent's own part takes turns with `index`. `alone`: it is the only one that is shown.
+    """
+    ids = list(answers.values())
+    own = index % len(ids)
+    others = [] if alone else [peer for peer in range(len(ids)) if peer != own]
+    layout = replace(layout, agents=(own + 1, *(peer + 1 for peer in others)))
+    return completion_example(
+        form.revision(question, ids[own], [ids[peer] for peer in others], layout=layout),
+        form.response(question.rationale),
+        question_id=question.id,
+        variant="gold_revision",
+        trace_keys=list(answers),
+    )
 
 
 def turn_example(
