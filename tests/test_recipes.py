@@ -12,8 +12,11 @@ from agentark_jax.models.published import describe
 from benchmarks import dry_runs
 from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
 
-NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", LORA.stem}
-PAD = sorted(path.stem for path in CONFIGS.glob("pad_*.yaml") if path.stem != "pad_lab")
+NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", "attribution_lab", LORA.stem}
+PAD = [
+    *sorted(path.stem for path in CONFIGS.glob("pad_*.yaml") if path.stem != "pad_lab"),
+    "attribution_gemma3_270m",
+]
 RUNS = list(dry_runs.dry_runs())
 
 
