@@ -11,7 +11,8 @@ from typing import Any
 from agentark_jax import config as configuration
 from agentark_jax.arms import ARMS, CONTROL, LEARNED, STUDENT, data_of, label_of, start_of
 from agentark_jax.config import RunConfig
-from agentark_jax.evaluation import summary
+from agentark_jax.evaluation import attribution, summary
+from agentark_jax.evaluation.attribution import SeedRun
 from agentark_jax.evaluation.predictions import Prediction
 from agentark_jax.pipeline import Outcome, share_name
 from agentark_jax.protocols.config import DebateConfig
@@ -27,8 +28,6 @@ _DECIDES = {
     "summariser": "the last round summarised by the base",
 }
 _DEBATE_OPTIONS = ("topology", "peers", "named", "layout", "history", "early_stop")
-# What PAD is compared with, besides the debate's student.
-_BESIDE_PAD = ("student_budget", "vr", "pad_samples", "pad_outcome", "pad_random")
 _TRAINED = {"warm_start_answers": "warm start: answers", "base": "warm start: revision"}
 
 
@@ -71,6 +70,7 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
         "differences": summary.differences(
             seeds, [contrast for contrast in _contrasts(config) if arms.keys() >= {*contrast[:2]}], level=level
         ),
+        **({"attribution": _attribution(config, outcomes)} if config.arms else {}),
         "counts": _counts(first),
         "debate": summary.debate_figures([outcome.debated for outcome in outcomes], level=level),
         "training": _training(first),
@@ -242,29 +242,38 @@ def _who(config: RunConfig) -> str:
 
 def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
     """Arms that are compared, the first with the second, and how that is called."""
-    # What goes on from another student has learned twice.
-    matched = {name for name in config.arms if start_of(name) is None and ARMS[name].matched}
-    equal = {name: " at equal questions and tokens" if name in matched else "" for name in config.arms}
+    asked = [(each.a, each.b, each.name) for each in attribution.contrasts([STUDENT, *config.arms])]
+    pairs = {frozenset((a, b)) for a, b, _ in asked}
+    further = [
+        *((STUDENT, name, f"debate student over {label_of(name)}") for name in config.arms),
+        *((name, "base", f"{label_of(name)} over base") for name in config.arms),
+    ]
     return [
         *((method, "base", f"{method} of the base over its one answer") for method in config.methods.chosen()),
-        (STUDENT, "base", "debate student over base"),
-        *((STUDENT, name, f"debate student over {label_of(name)}{equal[name]}") for name in config.arms),
-        *((name, "base", f"{label_of(name)} over base") for name in config.arms),
-        *(
-            (name, start, f"{label_of(name)} over where it started")
-            for name in config.arms
-            if (start := start_of(name))
-        ),
-        *(
-            ("pad", other, f"{label_of('pad')} over {label_of(other)}")
-            for other in _BESIDE_PAD
-            if {"pad", other} <= set(config.arms)
-        ),
+        *asked,
+        *(contrast for contrast in further if frozenset(contrast[:2]) not in pairs),
         ("debate", "base", "debate of the base over its one answer"),
         ("vote", "base", "vote of the base over its one answer"),
         ("debate", "vote", "debate over vote"),
         (STUDENT, "debate", "debate student over the debate of the base"),
     ]
+
+
+def _attribution(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    return attribution.attribution(
+        [
+            SeedRun(
+                {name: arm.predictions for name, arm in outcome.evaluated.items()},
+                {manifest.stage: {"tokens": manifest.tokens, **manifest.counts} for manifest in outcome.manifests},
+            )
+            for outcome in outcomes
+        ],
+        [STUDENT, *config.arms],
+        ["debate", "vote", *config.methods.chosen()],
+        variant=config.select.variant,
+        rl=config.rl,
+        level=config.evaluate.level,
+    )
 
 
 def _counts(outcome: Outcome) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,11 @@ class Prediction:
     def calls(self) -> int:
         return len(self.turn_keys)
 
+    @property
+    def tokens(self) -> int:
+        """Read and written."""
+        return self.prompt_tokens + self.completion_tokens
+
 
 def predict(turns: Sequence[Turn], voters: Sequence[Turn], labels: dict[str, Label]) -> Prediction:
     """The majority answer of the `voters` among a question's `turns`; all turns count towards its cost.

@@ -98,16 +98,26 @@ def difference(
 
     With it the interval over seeds, where there are several that differ.
     """
-    right_a, right_b, clusters, per_seed = [], [], [], []
-    for seed in seeds:
-        others = {prediction.question_id: prediction for prediction in seed[b]}
-        pairs = [(one, others[one.question_id]) for one in seed[a] if one.question_id in others]
-        right_a += [one.verdict == "right" for one, _ in pairs]
-        right_b += [other.verdict == "right" for _, other in pairs]
-        clusters += [one.question_id for one, _ in pairs]
-        per_seed.append(float(np.mean([(x.verdict == "right") - float(y.verdict == "right") for x, y in pairs])))
-    result = paired_difference(np.asarray(right_a), np.asarray(right_b), np.asarray(clusters), level=level)
+    pairs = [pair for seed in seeds for pair in _pairs(seed, a, b)]
+    clusters, right_a, right_b = (np.asarray(column) for column in zip(*pairs, strict=True))
+    result = paired_difference(right_a, right_b, clusters, level=level)
+    per_seed = [seed_difference(seed, a, b) for seed in seeds]
     return result, seed_level_interval(per_seed, level) if len(seeds) > 1 else None
+
+
+def seed_difference(seed: Predictions, a: str, b: str) -> float:
+    """Accuracy of arm `a` less that of arm `b` in one seed, on the questions both answered."""
+    return float(np.mean([float(right_a) - right_b for _, right_a, right_b in _pairs(seed, a, b)]))
+
+
+def _pairs(seed: Predictions, a: str, b: str) -> list[tuple[str, bool, bool]]:
+    """Each question that both arms answered, and whether either was right."""
+    others = {prediction.question_id: prediction.verdict == "right" for prediction in seed[b]}
+    return [
+        (one.question_id, one.verdict == "right", others[one.question_id])
+        for one in seed[a]
+        if one.question_id in others
+    ]
 
 
 def debate_figures(seeds: Sequence[Sequence[LabelledTurn]], *, level: float) -> dict[str, Any]:
