@@ -54,6 +54,7 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
             "fingerprint": stable_hash(_identity(config)),
             "versions": package_versions(),
             "command": f"python -m agentark_jax.train --config {config.directory / 'config.yaml'}",
+            "config": _identity(config),
         },
         "model": {
             "source": config.model.source,

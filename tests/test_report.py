@@ -3,9 +3,11 @@
 import base64
 import copy
 import csv
+import gzip
 import hashlib
 import io
 import json
+import random
 import re
 import urllib.parse
 from html.parser import HTMLParser
@@ -17,7 +19,8 @@ from rich.console import Console
 from statsmodels.stats.proportion import proportion_confint
 
 from agentark_jax.errors import AgentArkError
-from agentark_jax.report import labels, page, plots, words
+from agentark_jax.report import labels, plots, transcripts, words
+from agentark_jax.report.attribution import scale
 from agentark_jax.report.card import model_card
 from agentark_jax.report.page import render, write_report
 from agentark_jax.report.svg import draw
@@ -73,6 +76,7 @@ def full_results() -> dict:
         "run": {
             "name": "quickstart", "seeds": [0], "git": None, "fingerprint": "6f1d", "versions": {"jax": "0.10.2"},
             "command": "python -m agentark_jax.train --config configs/quickstart.yaml",
+            "config": {"model": {"source": "somewhere"}, "arms": ["single"]},
         },
         "model": {"source": "somewhere", "name": "Gemma 3 270M", "parameters": 268098176, "trainable": 100326016},
         "task": {"name": "chains", "path": None, "questions": {"warm_start": 150, "debate": 48, "held_out": 96}},
@@ -117,6 +121,8 @@ def full_results() -> dict:
             },
         },
         "per_seed": [],
+        "attribution": attribution(),
+        "checks": checks(),
         "timing": {
             "total_seconds": 742.3,
             "stages": [
@@ -125,6 +131,56 @@ def full_results() -> dict:
             ],
         },
     }  # fmt: skip
+
+
+def attribution() -> dict:
+    def row(name: str, label: str, kind: str, matched: bool, **more: object) -> dict:
+        return {
+            "arm": name, "label": label, "learns": f"what {label} learns", "kind": kind, "matched": matched,
+            "trajectories": 88, "rollouts": None, "loss_tokens": 5000, "steps": 1000, "accuracy": 0.5, "low": 0.4,
+            "high": 0.6, "n": 96, "difference": 0.083, "difference_low": 0.01, "difference_high": 0.16,
+        } | more  # fmt: skip
+
+    nothing = dict.fromkeys(("trajectories", "loss_tokens", "steps", "difference"))
+    pays = {
+        "arm": "student", "against": "debate", "distillation": 1_200_000.0, "per_question": 92.3,
+        "against_per_question": 962.0, "saved_per_question": 869.7, "queries": 1379.8, "queries_low": 1200.0,
+        "queries_high": None, "difference": 0.02, "low": -0.05, "high": 0.09, "n": 48, "sentence": "It pays.",
+    }  # fmt: skip
+    asked = [
+        difference("student", "base", 0.083, 0.01, 0.16),
+        difference("student", "single", 0.031, -0.042, 0.104, 1, 1),
+    ]
+    return {
+        "arms": [
+            row("student", "Debate student", "debate", True),
+            row("base", "Base model", "base", False, learns="", **nothing),
+            row("vr", "Rewarded student", "rewards", False, trajectories=None, rollouts=20480),
+            row("single", "Single-agent student", "no debate", True),
+        ],
+        "contrasts": [
+            item
+            | {"asks": "Does debate help?", "matched": item["b"] == "single", "questions": 96, "per_seed": [0.05, 0.1]}
+            for item in asked
+        ],
+        "matching": [
+            {
+                "questions": 85, "dropped": {"not in all arms": 3}, "tokens": {"student": 5000, "single": 5010},
+                "lengths": {"single": {"distance": 0.01, "p": 0.93}},
+            }
+        ],
+        "break_even": [pays, pays | {"against": "vote", "queries": None, "queries_low": None}],
+        "conclusion": ["1 of 2 contrasts shows a difference.", "Peers are needed."],
+    }  # fmt: skip
+
+
+def checks() -> list[dict]:
+    return [
+        {"name": "A/A", "expected": "no difference", "found": {"difference": 0.01, "low": -0.02, "high": 0.04},
+         "passed": True, "sentence": "Two students of the same data do not differ."},
+        {"name": "planted", "expected": "+5.0 points", "found": {"difference": 0.01, "low": -0.02, "high": 0.03},
+         "passed": False, "sentence": "The planted effect was missed."},
+    ]  # fmt: skip
 
 
 def transcript(index: int, agents: int = 3, rounds: int = 2, text: str = "3 + 4 = 7. The answer is 7.") -> dict:
@@ -146,7 +202,7 @@ def transcript(index: int, agents: int = 3, rounds: int = 2, text: str = "3 + 4 
 def poisoned(value: object) -> object:
     """`value` with every free text in it made hostile; the words of the schema stay."""
     if isinstance(value, dict):
-        kept = ("protocol", "model", "questions", "verdict", "final_verdict", "flip", "a", "b")
+        kept = ("protocol", "model", "questions", "verdict", "final_verdict", "flip", "a", "b", "against")
         return {key: item if key in kept and isinstance(item, str) else poisoned(item) for key, item in value.items()}
     if isinstance(value, list):
         return [poisoned(item) for item in value]
@@ -192,6 +248,11 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.text).split())
 
 
+def packed(html: str) -> dict:
+    """What the page's script reads."""
+    return json.loads(gzip.decompress(base64.b64decode(Page(html).scripts[0], validate=True)))
+
+
 @pytest.fixture(scope="module")
 def html() -> str:
     return render(full_results(), [transcript(index) for index in range(3)])
@@ -200,18 +261,20 @@ def html() -> str:
 def test_hostile_text_stays_text():
     results = poisoned(full_results())
     results["schema"] = 1
-    shown = Page(render(results, [poisoned(transcript(0))]))
+    html = render(results, [poisoned(transcript(0))])
+    shown = Page(html)
     allowed = {
         "html", "head", "meta", "title", "link", "style", "body", "header", "main", "section", "footer", "nav", "h1",
         "h2", "h3", "p", "a", "div", "span", "b", "i", "u", "br", "table", "thead", "tbody", "tr", "th", "td", "figure",
         "figcaption", "details", "summary", "dl", "dt", "dd", "code", "noscript", "input", "button", "script",
+        "ul", "li", "label", "select", "option", "pre",
         "svg", "g", "path", "text", "use", "defs", "clippath", "rect", "tspan",
     }  # fmt: skip
     assert {tag for tag, _ in shown.elements} <= allowed
     assert not [name for _, attributes in shown.elements for name in attributes if name.startswith("on")]
     assert len(shown.scripts) == 2
     assert "alert" not in shown.scripts[1]
-    data = json.loads(shown.scripts[0])
+    data = packed(html)
     assert data["items"][0]["question"] == "Question 0?" + HOSTILE.replace("\ud800", "\ufffd")
     assert "alert(1)" in shown.words
     assert "{{ 7 * 7 }}" in shown.words
@@ -261,6 +324,28 @@ def test_numbers_reach_the_page(html):
         assert fragment in text
 
 
+def test_headline_has_student_base_difference_and_debate(html):
+    assert (
+        "Debate student 51.0 % [41.2, 60.8] n = 96 Base model 42.7 % [33.3, 52.7] n = 96 "
+        "Debate student − Base model +8.3 points [+1.0, +16.0] n = 96 ▲ higher Debate, 3 agents × 2 rounds 47.9 % "
+    ) in Page(html).words
+    results = full_results()
+    results["differences"] = []
+    assert [tile["name"] for tile in words.headline(results)] == ["Base model", "Debate, 3 agents × 2 rounds"]
+
+
+def test_summary_says_what_was_done():
+    results = full_results()
+    assert words.work_done(results) == (
+        "The model is Gemma 3 270M (268 M parameters, 100 M of them trained), warm-started on 150 questions of the "
+        "task chains. 3 copies debated 48 further questions over 2 rounds (288 answers). From it, and to compare with, "
+        "1 student learned: “Debate student”. Every arm was measured on 96 questions kept apart, or on a stated subset "
+        "of them."
+    )
+    results["run"]["seeds"] = [0, 1]
+    assert words.work_done(results).endswith("All of this was done 2 times, with other random numbers.")
+
+
 def test_summary_says_what_came_out():
     results = full_results()
     better, null, worse = (words.finding(results, item) for item in results["differences"])
@@ -273,6 +358,7 @@ def test_summary_says_what_came_out():
 
 def test_what_holm_takes_back_is_not_called_a_difference():
     results = full_results()
+    del results["attribution"]
     results["differences"][0] |= {"p_value": 0.0312, "p_holm": 0.0624}
     assert words.outcome(results["differences"][0]) == "null"
     assert words.finding(results, results["differences"][0]) == (
@@ -289,6 +375,54 @@ def test_what_holm_takes_back_is_not_called_a_difference():
     assert [line[0] for line in out.getvalue().splitlines() if line[:1] in {*"▲▼○"}] == ["○", "○", "▼"]
 
 
+def test_attribution_says_what_each_arm_learned_and_each_contrast_asks(html):
+    text = Page(html).words
+    for fragment in (
+        "1 of 2 contrasts shows a difference. Peers are needed.",
+        "Debate student what Debate student learns yes 88 5,000 1,000 50.0 [40.0, 60.0], n 96 over base +8.3 [+1.0,",
+        "20,480 rollouts",
+        "Debate student − Single-agent student at equal tokens ○ no difference shown matched Does debate help?",
+        "the same 85 questions (3 given up), of equally many tokens and of lengths alike (smallest p = 0.93): “Debate "
+        "student” 5,000, “Single-agent student at equal tokens” 5,010.",
+        "✓ as expected", "✗ not as expected", "1.2 M", "1,380 questions 1,200 to no end", "never",
+    ):  # fmt: skip
+        assert fragment in text, fragment
+    places = [
+        text.index(kind)
+        for kind in ("Where all of them start", "Learns without", "Learns from a debate", "Learns from re")
+    ]
+    assert places == sorted(places)
+
+
+def test_differences_lie_on_a_round_axis_with_seeds_and_a_band_of_what_is_too_small(html):
+    shown = html[html.index('id="attribution"') :]
+    # Of the axis from −20 to +20 points: zero is at 50 %, +8.3 at 70.75 %, what is below 10.5 points ends at 23.75 %.
+    assert 'class="reach" style="left:23.75%;right:23.75%"' in shown
+    assert '<b style="left:70.75%">' in shown
+    assert 'class="seed" style="left:62.50%"' in shown
+    assert scale([]) == 0.02
+    assert scale([{"low": -0.04, "high": None, "per_seed": [0.07]}]) == 0.1
+    assert scale([{"low": -3.0, "high": 3.0}]) == 1.0
+    near = [{"low": -0.04, "high": 0.01}] * 4
+    assert scale([*near, {"low": -0.47, "high": -0.42}]) == 0.05
+    assert scale([*near, {"low": -0.10, "high": -0.02}]) == 0.1
+
+
+def test_a_difference_beyond_the_axis_is_an_arrow_at_its_end():
+    results = full_results()
+    results["differences"] = [difference("student", "base", 0.0, -0.01, 0.02) for _ in range(4)]
+    results["differences"].append(difference("single", "base", -0.44, -0.47, -0.42))
+    shown = render(results, [])
+    assert shown.count('<b class="below" style="left:0.00%">') == 1
+    assert '<i style="left:0.00%;right:100.00%">' in shown
+
+
+def test_configuration_is_shown_and_downloads(html):
+    link = next(a for _, a in Page(html).elements if a.get("download") == "config.yaml")
+    assert urllib.parse.unquote(link["href"].split(",", 1)[1]) == "model:\n  source: somewhere\narms:\n- single\n"
+    assert "model: source: somewhere arms: - single" in Page(html).words
+
+
 def test_plot_data_downloads(html):
     links = [a for _, a in Page(html).elements if "download" in a]
     tables = {
@@ -296,14 +430,30 @@ def test_plot_data_downloads(html):
         for a in links
         if a["download"].endswith(".csv")
     }
+    assert {
+        "attribution-arms", "attribution-contrasts", "break-even", "checks", "arms", "differences", "flips", "funnel",
+        "training", "ledger", "accuracy-tokens", "debate-rounds", "losses", "curve-0", "curve-1",
+    } == {name.removesuffix(".csv") for name in tables}  # fmt: skip
     assert len(tables["losses.csv"]) == 1010
+    assert tables["attribution-contrasts.csv"][0]["per_seed"] == "0.05 0.1"
+    assert tables["arms.csv"][1]["tokens_per_question.total"] == "92.3"
+    assert [row["queries"] for row in tables["break-even.csv"]] == ["1379.8", ""]
+    assert "history" not in tables["training.csv"][0]
     assert float(tables["accuracy-tokens.csv"][1]["accuracy"]) == 49 / 96
     assert {row["n"] for row in tables["curve-0.csv"]} == {"32"}
     full = next(a["href"] for a in links if a["download"] == "results.json")
     assert json.loads(urllib.parse.unquote(full.split(",", 1)[1])) == full_results()
 
 
-@pytest.mark.parametrize("gone", [("curves",), ("debate", "counts"), ("training", "differences", "timing", "per_seed")])
+@pytest.mark.parametrize(
+    "gone",
+    [
+        ("curves",),
+        ("debate", "counts"),
+        ("training", "differences", "timing", "per_seed"),
+        ("attribution", "checks"),
+    ],
+)
 @pytest.mark.parametrize("how", ["absent", "empty"])
 def test_missing_parts(gone, how):
     results = full_results()
@@ -359,22 +509,80 @@ def test_seeds_are_shown():
     assert "seeds [−5.0, +20.0]" in text
 
 
-def test_ten_thousand_turns_fit():
-    text = "First we add 12 and 30, which gives 42; then we “double” it. " * 8
-    items = [transcript(index, agents=5, rounds=4, text=text) for index in range(500)]
-    html = render(full_results(), items)
-    assert len(html.encode()) < 10_000_000
-    assert len(json.loads(Page(html).scripts[0])["items"]) == 500
+def realistic(index: int, agents: int = 3, rounds: int = 2, tokens: int = 150) -> dict:
+    """A transcript of GSM8K-like length in which no two answers are alike, some agents flip and arms answer too."""
+    draw = random.Random(index)
+
+    def said() -> str:
+        count = tokens // 15
+        numbers = iter(draw.choices(range(10, 999), k=3 * count))
+        parts = (draw.choices(options, k=count) for options in (STARTS, THINGS, VERBS))
+        return " ".join(
+            f"{start} {thing} {verb} {next(numbers)} and {next(numbers)}, which makes {next(numbers)}."
+            for start, thing, verb in zip(*parts, strict=True)
+        )
+
+    item = transcript(index, agents, rounds)
+    item |= {
+        "question": f"Question {index}: {said()}",
+        "rationale": said(),
+        "split": "held_out" if index % 3 else "debate",
+    }
+    for each, turns in enumerate(item["rounds"]):
+        for turn in turns:
+            right = draw.random() < 0.5
+            turn |= {"text": said(), "answer": str(draw.randrange(99)), "verdict": "right" if right else "wrong"}
+            before = each and item["rounds"][each - 1][turn["agent"] - 1]["verdict"]
+            turn["flip"] = f"{before}→{turn['verdict']}" if before else None
+    item["final_verdict"] = draw.choice(("right", "wrong"))
+    item["answers"] = {
+        name: {"text": said(), "answer": "7", "verdict": draw.choice(("right", "wrong"))}
+        for name in ("base", "student")
+    }
+    return item
+
+
+STARTS = ("First", "Then", "Now", "After that", "So", "In the end", "Thus", "Next")
+THINGS = (
+    "the baker",
+    "Amy",
+    "the price",
+    "each box",
+    "the train",
+    "Finn",
+    "the total",
+    "a week",
+    "the farm",
+    "her bag",
+)
+VERBS = ("takes", "adds up", "comes to", "holds", "is the sum of", "sells", "needs", "costs", "counts")
+
+
+@pytest.fixture(scope="module")
+def large() -> str:
+    """The report of 10,000 answers (and 3,334 of arms) of 150 tokens and more."""
+    return render(full_results(), [realistic(index) for index in range(1667)])
+
+
+def test_ten_thousand_turns_fit(large):
+    data = packed(large)
+    assert sum(len(turns) for item in data["items"] for turns in item["rounds"]) >= 10_000
+    assert len(json.dumps(data)) > 8_000_000
+    assert len(large.encode()) < 10_000_000
+    assert "the rest are in the run" not in large
 
 
 def test_too_long_transcripts_are_left_out_and_said(monkeypatch):
-    monkeypatch.setattr(page, "TRANSCRIPT_BYTES", 5_000)
-    html = render(full_results(), [transcript(index) for index in range(20)])
-    data = Page(html).scripts[0]
-    kept = len(json.loads(data)["items"])
-    assert 0 < kept < 20
-    assert len(data.encode()) <= 5_000
-    assert f"The first {kept} of 20 questions" in Page(html).words
+    items = [transcript(index, text=random.Random(index).randbytes(200).hex()) for index in range(20)]
+    for limit, bytes_ in (("PACKED_BYTES", 4_000), ("PLAIN_BYTES", 10_000)):
+        with monkeypatch.context() as patched:
+            patched.setattr(transcripts, limit, bytes_)
+            html = render(full_results(), items)
+        kept = len(packed(html)["items"])
+        size = Page(html).scripts[0]
+        assert 0 < kept < 20
+        assert len(size if limit == "PACKED_BYTES" else gzip.decompress(base64.b64decode(size))) <= bytes_
+        assert f"The first {kept} of 20 questions" in Page(html).words
 
 
 def test_terminal_fits_80_columns():
@@ -436,6 +644,15 @@ def test_labels_do_not_overlap(count):
         assert len(boxes) == count
         for index, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[index + 1 :])
+
+
+def test_the_front_of_accuracy_against_tokens_is_marked():
+    assert plots.pareto_front([(91, 0.4), (92, 0.5), (92, 0.6), (500, 0.6), (900, 0.7), (950, 0.1)]) == [0, 2, 4]
+    assert plots.pareto_front([(1, 0.5), (1, 0.5), (2, 0.5)]) == [0]
+    plot = plots.accuracy_tokens(full_results()["arms"])
+    assert plot is not None
+    assert [row[-1] for row in plot.rows] == ["no", "yes", "yes", "no", "no"]
+    assert "“Single-agent student at equal tokens”, “Debate student”." in plot.caption
 
 
 def test_every_arm_is_labelled():

@@ -5,24 +5,23 @@ one script shows with `textContent`; a content security policy allows that scrip
 """
 
 import base64
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
+import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from agentark_jax.files import write_text
-from agentark_jax.report import plots, telemetry, words
+from agentark_jax.report import plots, telemetry, transcripts, words
+from agentark_jax.report.attribution import attribution, scale
+from agentark_jax.report.sheets import link, of_records, sheet
 from agentark_jax.report.svg import Plot
 
 _HERE = Path(__file__).parent
-TRANSCRIPT_BYTES = 8_000_000  # of transcripts in the page, so that it stays below 10 MB and opens at once
 _TABLE_ROWS = 200  # of a plot's numbers shown as a table; the download has all of them
 _OPTIONAL: dict[str, Any] = {
     "differences": [],
@@ -31,20 +30,21 @@ _OPTIONAL: dict[str, Any] = {
     "training": {},
     "judges": {},
     "timing": {},
+    "checks": [],
 }
-_TURN_KEYS = ("agent", "text", "answer", "verdict", "flip", "tokens")
 
 
-def write_report(path: Path, results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> None:
-    """Writes the report of `results` (the content of results.json) and debate `transcripts` to `path`, atomically.
+def write_report(path: Path, results: Mapping[str, Any], debates: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the report of `results` (the content of results.json) and of transcripts of `debates`, atomically.
 
-    The same input gives the same bytes. Transcripts beyond 8 MB are left out from the end, and the page says how many.
-    Raises AgentArkError when `results` has another schema or lacks a required key, or `path` cannot be written.
+    The same input gives the same bytes. Debates for which there is no room (`transcripts.pack`) are left out from the
+    end, and the page says how many. Raises AgentArkError when `results` has another schema or lacks a required key, or
+    `path` cannot be written.
     """
-    write_text(path, render(results, transcripts))
+    write_text(path, render(results, debates))
 
 
-def render(results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> str:
+def render(results: Mapping[str, Any], debates: Sequence[Mapping[str, Any]]) -> str:
     """The report as HTML text; see `write_report`."""
     words.check(results)
     environment = Environment(
@@ -58,23 +58,56 @@ def render(results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]])
     environment.globals |= {"w": words}
     script = (_HERE / "script.html.j2").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    data, shown = transcript_json(results, transcripts)
+    packed, shown = transcripts.pack(results, debates)
+    config = results["run"].get("config")
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
     return environment.get_template("report.html.j2").render(
         results=_OPTIONAL | dict(results),
         style=Markup((_HERE / "style.html.j2").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=digest,
-        transcripts=Markup(data),
+        transcripts=Markup(packed),
         shown=shown,
-        total=len(transcripts),
-        results_link=_link("application/json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True)),
-        scale=_difference_scale(results.get("differences") or []),
+        total=len(debates),
+        results_link=link("application/json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True)),
+        config=text,
+        config_link=link("application/yaml", text),
+        headline=words.headline(results),
+        found=attribution(results),
+        scale=scale(results.get("differences") or []),
         funnels=[_funnel(results, name, filters) for name, filters in (results.get("counts") or {}).items()],
         flips=[_flip_matrix(entry) for entry in (results.get("debate") or {}).get("flips") or []],
         told=_telemetry(results),
         seeds=_per_seed(results),
+        sheets=_sheets(results),
         **_plots(results),
     )
+
+
+def _sheets(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The downloads of the tables; None of those without rows."""
+    records = {
+        "arms": _named("arm", results["arms"]),
+        "differences": results.get("differences") or [],
+        "checks": results.get("checks") or [],
+        "seeds": results.get("per_seed") or [],
+        "flips": (results.get("debate") or {}).get("flips") or [],
+        "telemetry": (results.get("telemetry") or {}).get("transitions") or [],
+        "funnel": _named("arm", results.get("counts") or {}),
+        "training": _named("run", results.get("training") or {}),
+        "judges": _named("judge", results.get("judges") or {}),
+        "ledger": (results.get("timing") or {}).get("stages") or [],
+    }
+    return {name: of_records(name, rows) for name, rows in records.items()}
+
+
+def _named(key: str, groups: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The record, or the records, of each group with the group's name under `key`."""
+    return [
+        {key: name, **record}
+        for name, records in groups.items()
+        for record in (records if isinstance(records, list) else [records])
+    ]
 
 
 def _plots(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,7 +119,7 @@ def _plots(results: Mapping[str, Any]) -> dict[str, Any]:
             "wide": Markup(plot.wide),
             "narrow": Markup(plot.narrow),
             "rows": plot.rows[:_TABLE_ROWS],
-            "link": _link("text/csv", _csv(plot)),
+            "link": sheet(plot.name, plot.columns, plot.rows).link,
         }
 
     curves = (plots.curve(data, index) for index, data in enumerate((results.get("curves") or {}).values()))
@@ -98,52 +131,6 @@ def _plots(results: Mapping[str, Any]) -> dict[str, Any]:
         "rollout_plot": shown(plots.rollouts(results.get("training") or {}, results["arms"])),
         "curve_plots": [shown(plot) for plot in curves if plot is not None],
     }
-
-
-def _csv(plot: Plot) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(plot.columns)
-    writer.writerows(plot.rows)
-    return text.getvalue()
-
-
-def _link(kind: str, text: str) -> str:
-    return f"data:{kind};charset=utf-8,{quote(words.clean(text))}"
-
-
-def transcript_json(results: Mapping[str, Any], transcripts: Sequence[Mapping[str, Any]]) -> tuple[str, int]:
-    """(JSON that is inert inside a script element, number of transcripts in it); at most `TRANSCRIPT_BYTES` long."""
-    labels = {arm: words.arm_label(results, arm) for arm in results["arms"]}
-    head, tail = f'{{"arms":{_inert(labels)},"items":[', "]}"
-    used, items = len(head.encode()) + len(tail), []
-    for transcript in transcripts:
-        item = _inert(_compact(transcript))
-        used += len(item.encode()) + 1
-        if used > TRANSCRIPT_BYTES:
-            break
-        items.append(item)
-    return head + ",".join(items) + tail, len(items)
-
-
-def _compact(transcript: Mapping[str, Any]) -> dict[str, Any]:
-    """A transcript with turns as lists in the order of `_TURN_KEYS`, which halves the overhead of short turns."""
-    item = {key: value for key, value in transcript.items() if key != "rounds"}
-    return item | {"rounds": [[[turn[key] for key in _TURN_KEYS] for turn in turns] for turns in transcript["rounds"]]}
-
-
-def _inert(value: Any) -> str:
-    """Compact JSON that no HTML parser can leave: <, > and & are written as JSON escapes."""
-    text = words.clean(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), sort_keys=True))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
-
-
-def _difference_scale(differences: Sequence[Mapping[str, Any]]) -> float:
-    """Half the width of the differences' common axis, in tenths: the largest end of an interval, rounded up."""
-    ends = [abs(item[key]) for item in differences for key in ("low", "high") if words.known(item.get(key))]
-    return min(1.0, max(1, -(-max(ends, default=0.1) * 10 // 1)) / 10)
 
 
 def _funnel(results: Mapping[str, Any], name: str, filters: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from agentark_jax.report import labels, words
-from agentark_jax.report.svg import SERIES, Canvas, Plot, draw, label
+from agentark_jax.report.svg import MUTED, SERIES, Canvas, Plot, draw, label
 from agentark_jax.report.telemetry import point_name
 
 _MARKERS = {"single": "o", "vote": "s", "debate": "D"}
@@ -46,12 +46,16 @@ def _against_tokens(
     if not shown:
         return None
     names = [name for name, *_ in shown]
+    front = pareto_front([(point[2], point[3]) for point in shown])
     kinds = [_MARKERS.get(kind, "o") for _, kind, *_ in shown]
     spots = [point[2:6] for point in shown]
 
     def paint(canvas: Canvas) -> None:
         axes = canvas.axes
         axes.set_xscale("log")
+        if len(front) > 1:
+            line = [spots[index][:2] for index in front]
+            axes.plot(*_columns(line), color=MUTED, linewidth=1.2, linestyle=":", drawstyle="steps-post")
         for index, ((x, y, low, high), kind) in enumerate(zip(spots, kinds, strict=True)):
             _point(canvas, x, y, low, high, SERIES[index % len(SERIES)], kind)
         tokens = [spot[0] for spot in spots]
@@ -72,18 +76,32 @@ def _against_tokens(
         wide, narrow = draw(identity, paint, 900, height)
         if all(fits):
             break
-    rows = tuple((name, *point[2:]) for name, point in zip(names, shown, strict=True))
+    rows = tuple(
+        (name, *point[2:], "yes" if index in front else "no")
+        for index, (name, point) in enumerate(zip(names, shown, strict=True))
+    )
+    best = ", ".join(f"“{names[index]}”" for index in front)
     described = "; ".join(f"{row[0]}: {words.percent(row[2])} % at {words.number(row[1])} tokens" for row in rows)
     return Plot(
         identity,
         title,
         f"{title}. {described}.",
-        "Up and to the left is better. Circle: one answer; square: vote; diamond: debate. Bars: 95 % Wilson intervals.",
+        "Up and to the left is better. Circle: one answer; square: vote; diamond: debate. Bars: 95 % Wilson intervals. "
+        f"Dotted: the Pareto front, those that nothing as cheap is more accurate than; by the dots alone: {best}.",
         wide,
         narrow,
-        (who, "tokens per question", "accuracy", "low", "high", "n"),
+        (who, "tokens per question", "accuracy", "low", "high", "n", "on the Pareto front"),
         rows,
     )
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Which of `points` (cost, gain) are on the Pareto front, cheap ones first: all that cost no more gain less."""
+    front: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: (points[index][0], -points[index][1], index)):
+        if not front or points[index][1] > points[front[-1]][1]:
+            front.append(index)
+    return front
 
 
 def rounds(debate: Mapping[str, Any]) -> Plot | None:

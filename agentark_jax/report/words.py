@@ -11,6 +11,7 @@ from agentark_jax.errors import AgentArkError
 
 SCHEMA = 1
 NONE = "–"
+_TOLD = 6  # students that are named in a sentence
 # Control characters (all but tab and newline) and lone surrogates: XML, UTF-8 and terminals choke on them or obey them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
@@ -141,31 +142,70 @@ def finding(results: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
 
 
 def work_done(results: Mapping[str, Any]) -> str:
-    """What was done, in two or three sentences."""
+    """What was done, in a few sentences."""
     model, task, debate = results["model"], results["task"], results.get("debate") or {}
-    asked = task.get("questions") or {}
+    asked, seeds, arms = task.get("questions") or {}, results["run"]["seeds"], results["arms"]
     trained = ""
     if known(model.get("trainable")) and model["trainable"] != model.get("parameters"):
         trained = f", {size(model['trainable'])} of them trained"
-    text = f"{clean(model['name'])} ({size(model.get('parameters'))} parameters{trained}) "
+    text = f"The model is {clean(model['name'])} ({size(model.get('parameters'))} parameters{trained}), "
     if asked.get("warm_start"):
-        text += f"was warm-started on {plural(asked['warm_start'], 'question')} of the task {clean(task['name'])}. "
+        text += f"warm-started on {plural(asked['warm_start'], 'question')} of the task {clean(task['name'])}. "
     else:
-        text += f"was given the task {clean(task['name'])}. "
+        text += f"the task {clean(task['name'])}. "
     if debate:
         subject = f"{asked['debate']:,} further questions" if asked.get("debate") else "further questions"
-        text += (
-            f"Then {debate['agents']} copies of it debated {subject} over {plural(debate['rounds'], 'round')} "
-            f"({plural(debate['turns'], 'answer')}). "
-        )
-    students = len(results.get("training") or {})
+        said = plural(debate["turns"], "answer") + (" in all" if len(seeds) > 1 else "")
+        text += f"{debate['agents']} copies debated {subject} over {plural(debate['rounds'], 'round')} ({said}). "
+    students = [
+        f"“{arm_label(results, arm)}”" for arm in results.get("training") or {} if arm in arms and arm != "base"
+    ]
     if students:
-        text += f"{plural(students, 'training run').capitalize()} followed. "
+        told = ", ".join(students[:_TOLD]) + (f" and {len(students) - _TOLD} more" if len(students) > _TOLD else "")
+        text += f"From it, and to compare with, {plural(len(students), 'student')} learned: {told}. "
     if asked.get("held_out"):
-        subset = any(arm.get("questions") == "subset" for arm in results["arms"].values())
+        subset = any(arm.get("questions") == "subset" for arm in arms.values())
         text += f"Every arm was measured on {asked['held_out']:,} questions kept apart"
-        text += ", or on a stated subset of them." if subset else "."
+        text += ", or on a stated subset of them. " if subset else ". "
+    if len(seeds) > 1:
+        text += f"All of this was done {len(seeds)} times, with other random numbers."
     return text.strip()
+
+
+def headline(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The figures that a reader looks for first: a student, the base, their paired difference, and the debate.
+
+    Each with `name`, `value`, `interval`, `n`, and of a difference the `outcome`.
+    """
+    arms, base = results["arms"], base_arm(results["arms"])
+    over_base = [
+        item
+        for item in results.get("differences") or []
+        if item["b"] == base and item["a"] in arms and arms[item["a"]]["model"] != "base"
+    ]
+    first = over_base[0]["a"] if over_base else None
+    debate = next((name for name, arm in arms.items() if arm["protocol"] == "debate"), None)
+    shown = [
+        {
+            "name": arm_label(results, name),
+            "value": f"{percent(arms[name]['accuracy'])} %",
+            "interval": interval(arms[name]["low"], arms[name]["high"]),
+            "n": arms[name]["n"],
+            "outcome": None,
+        }
+        for name in dict.fromkeys((first, base, debate))
+        if name is not None
+    ]
+    for item in over_base[:1]:
+        difference = {
+            "name": f"{arm_label(results, item['a'])} − {arm_label(results, item['b'])}",
+            "value": f"{points(item['difference'])} points",
+            "interval": interval(item["low"], item["high"], signed=True),
+            "n": item["n"],
+            "outcome": outcome(item),
+        }
+        shown.insert(2, difference)
+    return shown
 
 
 def findings(results: Mapping[str, Any], limit: int = 3) -> list[str]:
