@@ -5,6 +5,7 @@ more correct, data. A control has what the debate's student has, but for one thi
 """
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -206,6 +207,17 @@ def label_of(name: str) -> str:
     label = "debate student" if data_of(name) == STUDENT else ARMS[data_of(name)].label
     start = start_of(name)
     return label if start is None else f"{label} after {label_of(start)}"
+
+
+def dealt(names: Sequence[str], workers: int) -> list[list[str]]:
+    """What each of so many workers makes of the students of a run: they take turns, but what goes on from another
+    student is made by whoever makes that."""
+    shares: list[list[str]] = [[] for _ in range(workers)]
+    for place, name in enumerate(names):
+        start = start_of(name)
+        mine = shares[place % workers] if start is None else next(share for share in shares if start in share)
+        mine.append(name)
+    return shares
 
 
 def check_arms(names: list[str]) -> None:

@@ -41,6 +41,25 @@ store of its own there, so that many workers debate at once on machines that see
   agentark run --config configs/lab.yaml
 """
 
+ATTRIBUTE_DESCRIPTION = """\
+Do what is missing of a run, all of it, and say what the gain comes from: every arm beside the debate's student, and how
+they differ. The same as `agentark run`.
+
+--shard I/N makes only the students of worker I (from 0) of N, in a place of its own in the run directory, so that many
+workers train and evaluate at once, on any machines that see that directory. What all arms are made from is made once,
+by whoever comes first. `agentark attribute` without --shard then gathers what they made and does nothing again. A
+worker that was killed goes on where it was.
+
+--workers N does both: it starts N workers on this machine, each on its share of the cores, and gathers. Where
+computations depend on the number of cores, as XLA's on CPUs do in the last digits, figures are those of so many cores.
+
+  agentark attribute --config configs/arms.yaml
+  agentark attribute --config configs/arms.yaml --workers 2
+  agentark attribute --config configs/arms.yaml --shard 0/2 &
+  agentark attribute --config configs/arms.yaml --shard 1/2 & wait
+  agentark attribute --config configs/arms.yaml
+"""
+
 FIT_DESCRIPTION = """\
 Do what is missing of a run, up to and including the training of the students; or, with --dry-run, print what that
 training needs before a device is paid for: parameters, work, state and step memory per device.
@@ -68,6 +87,8 @@ commands:
   warm-start, debate, select, fit
              the same up to and including that part; `debate --shard I/N` is one of N workers that share the questions,
              `fit --dry-run` says what the training needs on a named topology, and whether it fits there
+  attribute  a whole run, by many workers where that is wanted: `--workers N` on this machine, or `--shard I/N` for
+             worker I of N on any that see the run directory
   traces     a run's trace store: what was said and what it cost; export, merge, verify
   prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
              of step labels agree
@@ -94,6 +115,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _run(rest, f"agentark {command}", DESCRIPTION, until=command)
         if command == "debate":
             return _debate(rest)
+        if command == "attribute":
+            return _attribute(rest)
         if command == "fit":
             return _fit(rest)
         if command == "traces":
@@ -122,10 +145,14 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         return 130
 
 
-def _run(arguments: Sequence[str], prog: str, description: str, **options: Any) -> int:
+def _run(
+    arguments: Sequence[str], prog: str, description: str, share: tuple[int, int] | None = None, **options: Any
+) -> int:
     from agentark_jax import config
 
     resolved, update = config.parse(arguments, prog, description)
+    if share is not None and update:
+        raise UsageError("--update does not go with --shard: update the run first, with `agentark select`.")
     # Imported only now, so that --help and a mistyped key do not wait for JAX.
     from agentark_jax.training import distributed
 
@@ -138,11 +165,37 @@ def _run(arguments: Sequence[str], prog: str, description: str, **options: Any) 
 
         follow()
         return 0
-    from agentark_jax import experiment
+    from agentark_jax import experiment, workers
 
     with distributed.leading():
-        experiment.run(resolved, update=update, **options)
+        if share is None:
+            experiment.run(resolved, update=update, **options)
+        else:
+            workers.make_share(resolved, *share)
     return 0
+
+
+def _attribute(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("agentark attribute", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--shard")
+    parser.add_argument("--workers", type=int)
+    options, rest = _known(parser, arguments)
+    told = rest, "agentark attribute", ATTRIBUTE_DESCRIPTION
+    if options.shard is not None:
+        if options.workers is not None:
+            raise UsageError("--workers does not go with --shard: it starts workers that have their shards.")
+        return _run(*told, share=_shard(options.shard))
+    if options.workers is not None:
+        if options.workers < 1:
+            raise UsageError(f"--workers is {options.workers}: give how many, 1 or more.")
+        from agentark_jax import config
+
+        resolved, update = config.parse(*told)
+        from agentark_jax import workers
+
+        rest = [argument for argument in rest if argument != "--update"]
+        workers.make_all(resolved, rest, options.workers, update=update)
+    return _run(rest, *told[1:])
 
 
 def _debate(arguments: Sequence[str]) -> int:
@@ -154,9 +207,7 @@ def _debate(arguments: Sequence[str]) -> int:
     from agentark_jax import config
 
     resolved, update = config.parse(rest, "agentark debate", DEBATE_DESCRIPTION)
-    found = re.fullmatch(r"(\d+)/(\d+)", options.shard)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"--shard is {options.shard!r}: give I/N, a worker from 0 to N - 1 and how many there are.")
+    shard, shards = _shard(options.shard)
     if update:
         raise UsageError("--update does not go with --shard: update the run first, with `agentark warm-start`.")
     from agentark_jax.cache import enable_compilation_cache
@@ -164,8 +215,15 @@ def _debate(arguments: Sequence[str]) -> int:
     enable_compilation_cache()
     from agentark_jax import experiment
 
-    experiment.debate_shard(resolved, int(found[1]), int(found[2]))
+    experiment.debate_shard(resolved, shard, shards)
     return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--shard is {text!r}: give I/N, a worker from 0 to N - 1 and how many there are.")
+    return int(found[1]), int(found[2])
 
 
 def _fit(arguments: Sequence[str]) -> int:

@@ -1,10 +1,14 @@
-"""`agentark run` and its parts: every seed's pipeline, then the report on them; and one worker's share of a debate."""
+"""`agentark run` and its parts: every seed's pipeline, then the report on them; and one worker's share of a debate.
+
+What workers made of the arms (`workers`) is gathered first.
+"""
 
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +29,11 @@ from agentark_jax.report.page import write_report
 from agentark_jax.report.terminal import summary_table
 from agentark_jax.results import Transcripts, build_results
 from agentark_jax.stages import Manifest, Run, locked
+from agentark_jax.traces import exchange
 from agentark_jax.traces.store import TraceStore
 
 CONFIG = "config.yaml"
+ARMS = "arms-"  # what the names of directories of workers that share the arms begin with
 
 
 def run(config: RunConfig, *, update: bool, until: str = EVERYTHING) -> None:
@@ -42,12 +48,13 @@ def run(config: RunConfig, *, update: bool, until: str = EVERYTHING) -> None:
     """
     started = time.monotonic()
     display = Display(Console())
-    with locked(config.directory):
-        _check_same_config(config, update)
-        write_text(config.directory / CONFIG, configuration.to_yaml(config))
+    with locked(config.directory), idle_workers(config.directory):
+        keep_config(config, update=update)
         runs = [_run_seed(config, seed, display, until) for seed in config.seeds]
         outcomes = [outcome for _, outcome in runs if outcome is not None]
         results = _report(config, outcomes) if outcomes else None
+        if outcomes:
+            _clear_away(config)
     if results is not None:
         display.console.print(summary_table(results))
     built = [manifest for manifests, _ in runs for manifest in manifests if not manifest.reused]
@@ -77,18 +84,54 @@ def debate_shard(config: RunConfig, shard: int, shards: int) -> None:
     display = Display(Console())
     _check_same_config(config, update=False)
     for seed in config.seeds:
-        whole = _seed_directory(config, seed)
+        whole = seed_directory(config, seed)
         directory = whole / SHARDS / f"{shard}-of-{shards}"
         with locked(directory), TraceStore(directory / "traces.sqlite") as store:
-            pipeline = Pipeline(config, seed, Run(directory, on_stage=_announcer(display)), store, display)
+            pipeline = Pipeline(config, seed, Run(directory, on_stage=announcer(display)), store, display)
             pipeline.debate_shard(whole, shard, shards)
 
 
-def _seed_directory(config: RunConfig, seed: int) -> Path:
+@contextmanager
+def idle_workers(directory: Path) -> Iterator[None]:
+    """Keep the workers that share the arms of a run from working.
+
+    Raises: UsageError where one of them is at work.
+    """
+    with ExitStack() as stack:
+        for worker in sorted((directory / SHARDS).glob(f"{ARMS}*")):
+            stack.enter_context(locked(worker))
+        yield
+
+
+def worker_directory(directory: Path, shard: int, shards: int) -> Path:
+    """Where a worker that makes a share of the arms keeps what it made; of a seed's directory, or a run's."""
+    return directory / SHARDS / f"{ARMS}{shard}-of-{shards}"
+
+
+def _gathered(directory: Path, store: TraceStore, display: Display) -> list[Path]:
+    """The directories of the workers of a seed; all that was said in them is in the store then."""
+    workers = sorted((directory / SHARDS).glob(f"{ARMS}*"))
+    for worker in workers:
+        if (worker / "traces.sqlite").exists():
+            with display.bar(f"gather {worker.name}", total=None) as bar:
+                added = exchange.merge(store, str(worker / "traces.sqlite"), bar.more)
+            made = sum(1 for _ in worker.glob("*/manifest.json"))
+            display.say(f"{worker.name}: {made} stages, {added:,} turns added")
+    return workers
+
+
+def _clear_away(config: RunConfig) -> None:
+    """Remove what is left of workers: their turns and the stages that were wanted are the run's own now."""
+    for directory in {config.directory, *(seed_directory(config, seed) for seed in config.seeds)}:
+        for worker in (directory / SHARDS).glob(f"{ARMS}*"):
+            shutil.rmtree(worker)
+
+
+def seed_directory(config: RunConfig, seed: int) -> Path:
     return config.directory if len(config.seeds) == 1 else config.directory / f"seed-{seed}"
 
 
-def _announcer(display: Display) -> Callable[[Manifest], None]:
+def announcer(display: Display) -> Callable[[Manifest], None]:
     def announce(manifest: Manifest) -> None:
         state = "up to date" if manifest.reused else f"{manifest.seconds:,.1f} s"
         display.say(f"[green]✓[/green] {manifest.stage:24} {state:>12}  [dim]{manifest.fingerprint}[/dim]")
@@ -97,12 +140,12 @@ def _announcer(display: Display) -> Callable[[Manifest], None]:
 
 
 def _run_seed(config: RunConfig, seed: int, display: Display, until: str) -> tuple[list[Manifest], Outcome | None]:
-    directory = _seed_directory(config, seed)
+    directory = seed_directory(config, seed)
     directory.mkdir(exist_ok=True)
     if len(config.seeds) > 1:
         display.say(f"[bold]seed {seed}[/bold]")
-    run = Run(directory, on_stage=_announcer(display))
     with TraceStore(directory / "traces.sqlite") as store:
+        run = Run(directory, on_stage=announcer(display), left=_gathered(directory, store, display))
         outcome = Pipeline(config, seed, run, store, display)(until)
     if outcome is not None:
         _publish_model(outcome, build_results(replace(config, seeds=[seed]), [outcome]))
@@ -148,6 +191,12 @@ def _publish_model(outcome: Outcome, results: Mapping[str, Any]) -> None:
             except OSError:  # a file system without hard links
                 shutil.copy2(path, fresh / path.name)
         write_text(fresh / "README.md", model_card(results, STUDENT))
+
+
+def keep_config(config: RunConfig, *, update: bool) -> None:
+    """Write the resolved configuration into the run directory. Raises as `_check_same_config`."""
+    _check_same_config(config, update)
+    write_text(config.directory / CONFIG, configuration.to_yaml(config))
 
 
 def _check_same_config(config: RunConfig, update: bool) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -66,6 +66,7 @@ from agentark_jax.traces.variants import select
 from agentark_jax.training.checkpoint import remove_checkpoints
 from agentark_jax.training.config import FitConfig
 from agentark_jax.training.job import Job, for_steps, train
+from agentark_jax.training.loop import planned_steps
 from agentark_jax.training.prm_config import PAID, PRMConfig
 from agentark_jax.training.rl import POLICIES
 from agentark_jax.training.rl_config import verifiable_only
@@ -105,14 +106,42 @@ class Outcome:
     judged: dict[str, Manifest]
 
 
-class Pipeline:
-    """The stages of one seed's run, in order. Lives as long as its run directory is held."""
+@dataclass(frozen=True)
+class Common:
+    """What all arms of a seed are made from; `longest` is that of `checks.check_lengths`."""
 
-    def __init__(self, config: RunConfig, seed: int, run: Run, store: TraceStore, display: Display):
+    agents: Agents
+    form: Format
+    drawn: Manifest
+    questions: dict[str, list[Question]]
+    spoken: dict[Source, tuple[Manifest, list[labelling.LabelledTurn]]]
+    selections: dict[str, Selection]
+    judges: dict[Judged, Manifest]
+    longest: int
+
+
+class Pipeline:
+    """The stages of one seed's run, in order. Lives as long as its run directory is held.
+
+    Args:
+        store: where turns go.
+        heard: where those are that arms learn from, if not in `store`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        seed: int,
+        run: Run,
+        store: TraceStore,
+        display: Display,
+        heard: TraceStore | None = None,
+    ):
         self.config = config
         self.seed = seed
         self.run = run
         self.store = store
+        self.heard = heard or store
         self.display = display
         self.task: Task = make_task(config.task, asdict(config.questions))
         self.generation = Generation(config.engine, store, display, seed=seed)
@@ -121,6 +150,46 @@ class Pipeline:
 
     def __call__(self, until: str = EVERYTHING) -> Outcome | None:
         """Produce every stage that is not up to date; None where `until`, one of `PARTS`, is not the last of them."""
+        common = self.prepare(until)
+        if common is None:
+            return None
+        agents, form, questions = common.agents, common.form, common.questions
+        students = self.distil_all(agents.base, form, common.selections, common.judges, questions["debate"])
+        if until == FIT:
+            return None
+        evaluated = self.evaluate(agents, form, students, common.drawn, questions["held_out"])
+        judged = self.evaluate_judges(common, evaluated)
+        return Outcome(
+            self.seed,
+            self.run.directory,
+            load_config(model_directory(agents.base)),
+            questions,
+            list(self.run.manifests),
+            evaluated,
+            [turn for turn in common.spoken["debate"][1] if turn.role == DEBATER],
+            self._said_in(evaluated["debate"].manifest, DEBATER),
+            self._said_in(evaluated["vote"].manifest),
+            judged,
+        )
+
+    def make_common(self) -> Common:
+        """All that does not depend on an arm: what arms are made from, and what base and judges are worth."""
+        common = self.prepare()
+        assert common is not None, "it is not to stop before"
+        evaluated = self.evaluate(common.agents, common.form, {}, common.drawn, common.questions["held_out"])
+        self.evaluate_judges(common, evaluated)
+        return common
+
+    def make_arms(self, common: Common, names: Collection[str]) -> None:
+        """Train and evaluate some of the students of a seed; turns go to this pipeline's own store."""
+        self._longest = common.longest
+        agents, form, questions = common.agents, common.form, common.questions
+        self.store.put_questions(question for split in questions.values() for question in split)
+        students = self.distil_all(agents.base, form, common.selections, common.judges, questions["debate"], names)
+        self.evaluate(agents, form, students, common.drawn, questions["held_out"], of_base=False)
+
+    def prepare(self, until: str = EVERYTHING) -> Common | None:
+        """Produce what arms are made from; None where `until` comes before that is done."""
         raw, team = self.prepare_model(), self.prepare_team()
         questions_stage, questions = self.prepare_questions()
         form = self.cast.form(raw)
@@ -151,23 +220,7 @@ class Pipeline:
         if until == SELECT:
             return None
         judges = self.judge_all(base, form, spoken, found)
-        students = self.distil_all(base, form, selections, judges, questions["debate"])
-        if until == FIT:
-            return None
-        evaluated = self.evaluate(agents, form, students, questions_stage, questions["held_out"])
-        judged = {judge.stage: self.evaluate_judge(judge, evaluated) for judge in judges.values()}
-        return Outcome(
-            self.seed,
-            self.run.directory,
-            load_config(model_directory(base)),
-            questions,
-            list(self.run.manifests),
-            evaluated,
-            [turn for turn in spoken["debate"][1] if turn.role == DEBATER],
-            self._said_in(evaluated["debate"].manifest, DEBATER),
-            self._said_in(evaluated["vote"].manifest),
-            judged,
-        )
+        return Common(agents, form, questions_stage, questions, spoken, selections, judges, self._longest)
 
     # Stages
 
@@ -450,7 +503,7 @@ class Pipeline:
 
     def _gather_shards(self) -> None:
         """Add what workers have said so far to the store: none of it is asked again."""
-        for path in sorted((self.run.directory / SHARDS).glob("*/traces.sqlite")):
+        for path in sorted((self.run.directory / SHARDS).glob("[0-9]*/traces.sqlite")):
             with self.display.bar(f"gather {path.parent.name}", total=None) as bar:
                 added = exchange.merge(self.store, str(path), bar.more)
             self.display.say(f"{path.parent.name}: {added:,} turns added")
@@ -639,6 +692,10 @@ class Pipeline:
             inputs={"base": start, "labels": labels},
         )
 
+    def evaluate_judges(self, common: Common, evaluated: Mapping[str, Evaluated]) -> dict[str, Manifest]:
+        """What each process reward model of the run is worth, by the name of its stage."""
+        return {judge.stage: self.evaluate_judge(judge, evaluated) for judge in common.judges.values()}
+
     def evaluate_judge(self, judge: Manifest, evaluated: Mapping[str, Evaluated]) -> Manifest:
         """What a process reward model says of the base's samples and debates on held-out questions."""
         vote, debated = evaluated["vote"].manifest, evaluated["debate"].manifest
@@ -734,14 +791,26 @@ class Pipeline:
         selections: Mapping[str, Selection],
         judges: Mapping[Judged, Manifest],
         questions: Sequence[Question],
+        names: Collection[str] | None = None,
     ) -> dict[str, Manifest]:
-        """Every arm's student; all start from the base but those that go on from another arm's."""
+        """Every arm's student; all start from the base but those that go on from another arm's.
+
+        With `names`, those students alone, whichever they start from being among them.
+        """
         by_id = {question.id: question for question in questions}
-        students = {STUDENT: self.distil(STUDENT, base, form, selections[STUDENT], by_id)}
-        steps = students[STUDENT].counts["steps"]
+        wanted = (
+            students_of(self.config) if names is None else [name for name in students_of(self.config) if name in names]
+        )
+        students: dict[str, Manifest] = {}
+        if STUDENT in wanted:
+            students[STUDENT] = self.distil(STUDENT, base, form, selections[STUDENT], by_id)
+            steps = students[STUDENT].counts["steps"]
+        else:  # somebody else trains it
+            examples = self._said(selections[STUDENT], form, by_id)
+            steps = planned_steps(self.config.fit, examples, self.seed)
         asked = sorted({trajectory.question_id for trajectory in selections[STUDENT].trajectories})
         arms = self.arms()
-        for name in self.config.arms:
+        for name in (name for name in self.config.arms if name in wanted):
             data, start = data_of(name), start_of(name)
             begun = base if start is None else students[start]
             if data != STUDENT and arms[data].reinforced:
@@ -758,8 +827,7 @@ class Pipeline:
                 by_id,
                 steps=None if as_student else steps,
             )
-        for share in self.config.curve:
-            name = share_name(share)
+        for name in (name for name in map(share_name, self.config.curve) if name in wanted):
             students[name] = self.distil(name, base, form, selections[name], by_id)
         return students
 
@@ -823,7 +891,7 @@ class Pipeline:
         example = turn_example
         if selection.variant == "dialogue":
             told = {key for trajectory in selection.trajectories for key in trajectory.trace_keys}
-            example = partial(dialogue_example, parents={turn.key: turn for turn in self.store.turns(keys=told)})
+            example = partial(dialogue_example, parents={turn.key: turn for turn in self.heard.turns(keys=told)})
         examples = {
             turn.key: example(
                 form,
@@ -832,7 +900,7 @@ class Pipeline:
                 variant=selection.variant,
                 trace_keys=chosen[turn.key].trace_keys,
             )
-            for turn in self.store.turns(keys=chosen, errors=False)
+            for turn in self.heard.turns(keys=chosen, errors=False)
         }
         return [examples[key] for key in chosen]
 
@@ -859,8 +927,12 @@ class Pipeline:
         students: Mapping[str, Manifest],
         drawn: Manifest,
         questions: list[Question],
+        of_base: bool = True,
     ) -> dict[str, Evaluated]:
-        """Every arm on the held-out questions; what takes many calls of the base on a stated subset of them."""
+        """Every arm on the held-out questions; what takes many calls of the base on a stated subset of them.
+
+        Without `of_base` the students alone.
+        """
         settings = self.config.evaluate
         few = questions[: settings.multi_call_questions or len(questions)]
         sampled = Draw(self.config.debate.temperature, self.config.debate.max_tokens)
@@ -935,20 +1007,23 @@ class Pipeline:
             inputs = {"model" if each == "base" else each: stage for each, stage in agents.inputs.items()}
             measure(name, inputs, few, {**config, **self.cast.team_slice()}, generate)
 
-        alone("base", agents.base, questions, one, 1, protocol)
-        alone("vote", agents.base, few, sampled, settings.vote_samples, SAMPLED)
-        debated = replace(self.config.debate, rounds=settings.rounds)
-        together(
-            "debate",
-            {"protocol": DEBATE, "debate": asdict(debated)},
-            lambda work: self._debate_all(work, "evaluate debate", seats=agents.seats, questions=few, settings=debated),
-        )
-        for name, method in self.config.methods.chosen().items():
+        if of_base:
+            alone("base", agents.base, questions, one, 1, protocol)
+            alone("vote", agents.base, few, sampled, settings.vote_samples, SAMPLED)
+            debated = replace(self.config.debate, rounds=settings.rounds)
             together(
-                name,
-                {"method": as_dict(method), "context": self.config.methods.context},
-                partial(self._carry_out, f"evaluate {name}", agents.seats, few, method),
+                "debate",
+                {"protocol": DEBATE, "debate": asdict(debated)},
+                lambda work: self._debate_all(
+                    work, "evaluate debate", seats=agents.seats, questions=few, settings=debated
+                ),
             )
+            for name, method in self.config.methods.chosen().items():
+                together(
+                    name,
+                    {"method": as_dict(method), "context": self.config.methods.context},
+                    partial(self._carry_out, f"evaluate {name}", agents.seats, few, method),
+                )
         for name, student in students.items():
             draw, final = one, ""
             each = self.arms().get(data_of(name))
@@ -1125,6 +1200,11 @@ def _shares(name: str, spent: Mapping[str, float]) -> str:
 def _keys(stage: Manifest) -> list[str]:
     keys: list[str] = json.loads((stage.directory / "keys.json").read_text())
     return keys
+
+
+def students_of(config: RunConfig) -> list[str]:
+    """All that a run trains, in order."""
+    return [STUDENT, *config.arms, *map(share_name, config.curve)]
 
 
 def share_name(share: float) -> str:

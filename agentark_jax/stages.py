@@ -11,10 +11,11 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,25 @@ class Work:
 
 
 class Run:
-    """A run directory held under its lock; produces stages, or finds that they are done."""
+    """A run directory held under its lock; produces stages, or finds that they are done.
 
-    def __init__(self, directory: Path, *, on_stage: Callable[[Manifest], None] | None = None):
+    Args:
+        lent: other directories whose finished stages are used where they are.
+        left: directories that nobody works in any more, whose stages, finished or begun, are moved here.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        on_stage: Callable[[Manifest], None] | None = None,
+        lent: Sequence[Path] = (),
+        left: Sequence[Path] = (),
+    ):
         self.directory = directory
         self._on_stage = on_stage
+        self._lent = tuple(lent)
+        self._left = tuple(left)
         self.manifests: list[Manifest] = []
 
     def produce(
@@ -98,11 +113,13 @@ class Run:
         }
         fingerprint = stable_hash([stage, version, config, input_fingerprints])
         directory = self.directory / stage
-        manifest = read_manifest(directory)
-        if manifest is not None and manifest.fingerprint == fingerprint:
-            self._finish(manifest)
-            return manifest
-        if directory.exists() and (manifest is not None or _begun_fingerprint(directory) != fingerprint):
+        self._take_over(stage, fingerprint)
+        own = read_manifest(directory)
+        for found in chain([own], (read_manifest(other / stage) for other in self._lent)):
+            if found is not None and found.fingerprint == fingerprint:
+                self._finish(found)
+                return found
+        if directory.exists() and (own is not None or _begun_for(directory) != fingerprint):
             shutil.rmtree(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / BEGUN, {"fingerprint": fingerprint})
@@ -129,6 +146,19 @@ class Run:
         self._finish(manifest)
         return manifest
 
+    def _take_over(self, stage: str, fingerprint: str) -> None:
+        """Move a stage here that was finished, or else begun, in another directory for this fingerprint."""
+        directory = self.directory / stage
+        if _made_for(directory) == fingerprint:
+            return
+        places = [other / stage for other in self._left]
+        finished = [place for place in places if _made_for(place) == fingerprint]
+        begun = [place for place in places if _begun_for(place) == fingerprint]
+        if finished or (begun and _begun_for(directory) != fingerprint):
+            if directory.exists():
+                shutil.rmtree(directory)
+            (finished or begun)[0].rename(directory)
+
     def _finish(self, manifest: Manifest) -> None:
         self.manifests.append(manifest)
         if self._on_stage is not None:
@@ -136,10 +166,19 @@ class Run:
 
 
 @contextmanager
-def locked(directory: Path, options: tuple[str, str] = ("--name", "--root")) -> Iterator[None]:
+def locked(
+    directory: Path,
+    options: tuple[str, str] = ("--name", "--root"),
+    *,
+    patience: float = 0,
+    on_wait: Callable[[str], None] | None = None,
+) -> Iterator[None]:
     """Hold a run directory for this process alone.
 
-    `options` choose another one, where this is in use or cannot be written.
+    Args:
+        options: they choose another one, where this is in use or cannot be written.
+        patience: seconds to wait for another process to let go of it; negative: as long as that takes.
+        on_wait: told who works in it, if that has to be waited for.
 
     Raises:
         AgentArkError: the directory cannot be written.
@@ -149,12 +188,18 @@ def locked(directory: Path, options: tuple[str, str] = ("--name", "--root")) -> 
     lock = filelock.FileLock(directory / "lock")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            if not patience:
+                raise
+            if on_wait is not None:
+                on_wait(_owner(owner))
+            lock.acquire(timeout=patience, poll_interval=0.5)
         owner.write_text(f"process {os.getpid()} on {os.uname().nodename}\n")
     except filelock.Timeout:
-        name = owner.read_text().strip() if owner.exists() else "another process"
         raise UsageError(
-            f"{directory}: in use by {name}. Wait for it, stop it, or choose another {options[0]}."
+            f"{directory}: in use by {_owner(owner)}. Wait for it, stop it, or choose another {options[0]}."
         ) from None
     except OSError as error:
         raise AgentArkError(
@@ -165,6 +210,13 @@ def locked(directory: Path, options: tuple[str, str] = ("--name", "--root")) -> 
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _owner(file: Path) -> str:
+    try:
+        return file.read_text().strip() or "another process"
+    except FileNotFoundError:  # it is just coming or going
+        return "another process"
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -211,11 +263,21 @@ def package_versions() -> dict[str, str]:
     return {package: version(package) for package in _PACKAGES}
 
 
-def _begun_fingerprint(directory: Path) -> str | None:
+def _begun_for(directory: Path) -> str | None:
+    """What an unfinished stage was begun for; None where that is not known: it is redone from the start."""
+    return _fingerprint(directory / BEGUN)
+
+
+def _made_for(directory: Path) -> str | None:
+    """What a finished stage was made for, whether or not it is damaged; None where it is not finished."""
+    return _fingerprint(directory / MANIFEST)
+
+
+def _fingerprint(path: Path) -> str | None:
     try:
-        fingerprint = json.loads((directory / BEGUN).read_text())["fingerprint"]
+        fingerprint = json.loads(path.read_text())["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # not known to be this stage's own: it is redone from the start
+        return None
     return str(fingerprint)
 
 

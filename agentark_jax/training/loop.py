@@ -111,6 +111,16 @@ class Memory:
         self.stopped_early = config.patience is not None and self.evaluations_since_best >= config.patience
 
 
+def planned_steps(config: FitConfig, examples: Sequence[Example], seed: int) -> int:
+    """How many steps `fit` takes where no validation ends it early. Raises what `packed_batches` raises."""
+    shape = {"rows": config.rows, "row_length": config.row_length}
+    return _steps(config, len(packed_batches(examples, seed=seed, epochs=config.epochs, **shape)))
+
+
+def _steps(config: FitConfig, batches: int) -> int:
+    return batches if config.steps is None else min(batches, config.steps)
+
+
 def fit(
     config: FitConfig,
     model_config: ModelConfig,
@@ -172,7 +182,7 @@ def fit(
         if not validation:
             raise UsageError("eval_every: there are no validation examples; set eval_every to null or provide some")
         validation_data = packed_batches(validation, seed=seed, epochs=1, **shape)
-    steps = len(data) if config.steps is None else min(len(data), config.steps)
+    steps = _steps(config, len(data))
 
     frozen = place_params(mesh, frozen, donate=False)
     optimizer = make_optimizer(config, steps)
