@@ -1,9 +1,12 @@
 """The models of a run and how they are asked: its own, which the stages make, and those of a team."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from agentark_jax.config import RunConfig
 from agentark_jax.data.chat import make_format
@@ -12,7 +15,9 @@ from agentark_jax.data.render import Format, Layout
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.errors import UsageError
 from agentark_jax.generation import Model, Seat
+from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
+from agentark_jax.models.weights import weights_fingerprint
 from agentark_jax.protocols.config import AgentConfig
 from agentark_jax.stages import Manifest
 
@@ -116,3 +121,18 @@ class Cast:
 def model_directory(stage: Manifest) -> Path:
     """Where the model of a stage lies; absolute where it is not the stage's own."""
     return stage.directory / stage.counts["location"]
+
+
+def identity(directory: Path, location: str, *, weights: bool = True) -> dict[str, Any]:
+    """What the artefact of a model that was found says: the hash of its files, where they are, and how large it is.
+
+    Without `weights`, which servers may have alone, the hash is that of what it is asked with.
+    """
+    shapes = transformer.param_shapes(load_config(directory))
+    revision = weights_fingerprint(directory) if weights else Tokenizer(directory).hash
+    return {"revision": revision, "location": location, "parameters": size(shapes)}
+
+
+def size(params: transformer.Params) -> int:
+    """How many numbers parameters, or the shapes of some, have."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

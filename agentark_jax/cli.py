@@ -78,6 +78,19 @@ prm.frozen, prm.whole, warm_start.answer or warm_start.revision.
   agentark fit --dry-run --training rl.fit --topology 8xH100-80GB --config configs/pad_qwen3_8b_gpu.yaml
 """
 
+EVALUATE_DESCRIPTION = """\
+Measure what one model can do on one task: any directory in Hugging Face format or hub id, whoever made it.
+
+Suites: `accuracy` (one greedy answer, samples with their vote and pass@k, a debate and other methods on the same
+questions) and `self_correction` (what becomes of right and wrong answers under check prompts, of the model's own errors
+and of others', planted or not). Results: <root>/<name>/results.json, predictions.jsonl by stage, traces.sqlite. What is
+done is reused; interrupt or kill it at any moment and start it again.
+
+  agentark evaluate --model runs/quickstart/model --task.name gsm8k --task.path gsm8k/ --questions 200
+  agentark evaluate --model Qwen/Qwen3-0.6B --task.name gsm8k --suites "[accuracy, self_correction]" --name qwen
+  agentark evaluate --model DIR --engine.servers "[http://host:30000]" --accuracy.samples 16 --name dir
+"""
+
 USAGE = f"""\
 usage: agentark <command> [options]
 
@@ -89,6 +102,7 @@ commands:
              `fit --dry-run` says what the training needs on a named topology, and whether it fits there
   attribute  a whole run, by many workers where that is wanted: `--workers N` on this machine, or `--shard I/N` for
              worker I of N on any that see the run directory
+  evaluate   any model on any task: accuracy, votes, debates, self-correction, with intervals
   traces     a run's trace store: what was said and what it cost; export, merge, verify
   prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
              of step labels agree
@@ -119,6 +133,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _attribute(rest)
         if command == "fit":
             return _fit(rest)
+        if command == "evaluate":
+            return _evaluate(rest)
         if command == "traces":
             from agentark_jax.traces_cli import traces
 
@@ -257,6 +273,19 @@ def _fit(arguments: Sequence[str]) -> int:
     report = preflight.preflight(source, model, fit, where, rl, options.training, judge)
     print(preflight.table(report))
     return 0 if report.fits else 1
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from agentark_jax import config
+
+    resolved, update = config.parse_evaluate(arguments, "agentark evaluate", EVALUATE_DESCRIPTION)
+    from agentark_jax.cache import enable_compilation_cache
+
+    enable_compilation_cache()
+    from agentark_jax.evaluate import evaluate
+
+    evaluate(resolved, update=update)
+    return 0
 
 
 def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -3,11 +3,11 @@
 import difflib
 import re
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -18,10 +18,10 @@ from agentark_jax.data.weighting import ANSWER, COMPLETION, REASONING
 from agentark_jax.engines import config as engines
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
-from agentark_jax.evaluation.config import EvaluationConfig
+from agentark_jax.evaluation.config import SUITES, AccuracyConfig, EvaluationConfig, SelfCorrectionConfig
 from agentark_jax.models.config import Lora
 from agentark_jax.models.source import ModelSourceConfig
-from agentark_jax.protocols.config import AgentConfig, DebateConfig
+from agentark_jax.protocols.config import AgentConfig, Api, DebateConfig
 from agentark_jax.protocols.methods import MethodsConfig
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.traces.config import SelectionConfig
@@ -29,6 +29,8 @@ from agentark_jax.training import config as training
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.prm_config import PRMConfig
 from agentark_jax.training.rl_config import RLConfig
+
+T = TypeVar("T")
 
 FITS = ("warm_start.answer", "warm_start.revision", "fit")
 # Those of process-aware distillation, which a run needs if it has such an arm.
@@ -44,6 +46,7 @@ FREE = (
     *(f"{fit}.{key}" for fit in (*FITS, *PAD_FITS) for key in training.BOOKKEEPING),
     *(f"engine.{key}" for key in engines.BOOKKEEPING),
     "team.servers",
+    "suites",
 )
 
 
@@ -170,8 +173,7 @@ class RunConfig:
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", self.name):
-            raise UsageError(f"name is {self.name!r}: use letters, digits, '.', '_' and '-' for the run's folder.")
+        _check_name(self.name)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
@@ -271,6 +273,83 @@ class PRMRun:
                 )
 
 
+@dataclass(frozen=True)
+class EvaluateRun:
+    """What one model can do on one task.
+
+    Attributes:
+        name: the evaluation's folder under `root`.
+        root: where runs and evaluations are kept.
+        seed: of samples and of whatever is drawn.
+        model: a directory in Hugging Face format (such as the model of a run or of one of its stages), or a hub id.
+        api: what `engine.servers` speak: `sglang`, or `openai` (addresses such as http://host:8000/v1), which tells
+            text alone. Of the model only the tokenizer is then read.
+        served: what an OpenAI endpoint calls the model; null: the only one it lists.
+        task: what is asked; the questions are held-out ones.
+        questions: how many.
+        max_tokens: longest answer of a single call, in tokens.
+        level: confidence level of every interval.
+        prompt: how questions and answers become prompts.
+        engine: who generates.
+        debate: how the model debates with itself.
+        methods: further ways to answer with several calls.
+        suites: what is measured: `accuracy`, `self_correction`. What was measured before is kept, whatever is named.
+        accuracy: settings of that suite.
+        self_correction: settings of that suite.
+    """
+
+    name: str = "evaluation"
+    root: str = "runs"
+    seed: int = 0
+    model: str = ""
+    api: Api = "sglang"
+    served: str | None = None
+    task: TaskConfig = field(default_factory=TaskConfig)
+    questions: int = 200
+    max_tokens: int = 512
+    level: float = 0.95
+    prompt: PromptConfig = field(default_factory=PromptConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    debate: DebateConfig = field(default_factory=lambda: DebateConfig(max_tokens=512))
+    methods: MethodsConfig = field(default_factory=MethodsConfig)
+    suites: list[str] = field(default_factory=lambda: ["accuracy"])
+    accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
+    self_correction: SelfCorrectionConfig = field(default_factory=SelfCorrectionConfig)
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        if not self.model:
+            raise UsageError("model is missing: give --model DIR, or a hub id such as Qwen/Qwen3-0.6B.")
+        if self.seed < 0 or self.questions < 1 or self.max_tokens < 1:
+            raise UsageError(
+                f"seed is {self.seed}, questions is {self.questions}, max_tokens is {self.max_tokens}: give a seed "
+                "from 0 on, and at least one question and one token."
+            )
+        if not 0 < self.level < 1:
+            raise UsageError(f"level is {self.level}: give a confidence level between 0 and 1, such as 0.95.")
+        unknown = [name for name in self.suites if name not in SUITES]
+        if unknown or not self.suites or len(set(self.suites)) != len(self.suites):
+            raise UsageError(f"suites is {self.suites}: name some of {', '.join(SUITES)}, each once.")
+        if self.api == "openai" and not self.engine.servers:
+            raise UsageError("api is openai, but engine.servers is empty: give the endpoint's address.")
+        if self.served is not None and self.api != "openai":
+            raise UsageError(f"served is {self.served!r}, which is for api openai: leave it null.")
+        if self.api == "openai" and "self_correction" in self.suites and self.self_correction.localisation:
+            raise UsageError(
+                "self_correction.localisation needs answers of a given form, which OpenAI endpoints do not take: set "
+                "it to false."
+            )
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.root) / self.name
+
+
+def _check_name(name: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise UsageError(f"name is {name!r}: use letters, digits, '.', '_' and '-' for the run's folder.")
+
+
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Descriptions keep their line breaks."""
 
@@ -310,6 +389,18 @@ def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunCon
     Raises:
         UsageError: an unknown key, a value of the wrong type or out of range, an unreadable file.
     """
+    return _parse(RunConfig, _check_parts, arguments, prog, description)
+
+
+def parse_evaluate(arguments: Sequence[str], prog: str, description: str) -> tuple[EvaluateRun, bool]:
+    """As `parse`, for an evaluation."""
+    return _parse(EvaluateRun, lambda _: None, arguments, prog, description)
+
+
+def _parse(
+    group: type[T], check: Callable[[Namespace], None], arguments: Sequence[str], prog: str, description: str
+) -> tuple[T, bool]:
+    """What `parse` says, for the configuration `group`; `check` raises for parts that do not know their own keys."""
     parser = _Parser(prog=prog, description=description, default_env=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the keys below; later files and options win."
@@ -320,13 +411,13 @@ def parse(arguments: Sequence[str], prog: str, description: str) -> tuple[RunCon
         help="Accept a configuration that differs from the one the run directory was made with: stages that depend on "
         "the difference are redone, the others and every stored turn are reused.",
     )
-    parser.add_class_arguments(RunConfig, None)
+    parser.add_class_arguments(group, None)
     try:
         namespace = parser.parse_args(list(arguments))
-        _check_nulls(namespace, RunConfig)
-        _check_parts(namespace)
+        _check_nulls(namespace, group)
+        check(namespace)
         values = parser.instantiate(namespace)
-        return RunConfig(**{key: values[key] for key in RunConfig.__dataclass_fields__}), namespace["update"]
+        return group(**{name: values[name] for name in get_type_hints(group)}), namespace["update"]
     except UsageError as error:
         raise UsageError(_located(str(error), arguments)) from error
 
@@ -411,7 +502,7 @@ def as_dict(config: Any) -> dict[str, Any]:
     return _plain(asdict(config))
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: RunConfig | EvaluateRun) -> str:
     """The resolved configuration, as the run saves it."""
     return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
 

@@ -7,17 +7,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from agentark_jax import config as configuration
 from agentark_jax.config import RunConfig
+from agentark_jax.directory import announcer, check_same_config, keep_config
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.telemetry import telemetry
 from agentark_jax.files import write_json, write_text
@@ -32,7 +31,6 @@ from agentark_jax.stages import Manifest, Run, locked
 from agentark_jax.traces import exchange
 from agentark_jax.traces.store import TraceStore
 
-CONFIG = "config.yaml"
 ARMS = "arms-"  # what the names of directories of workers that share the arms begin with
 
 
@@ -82,7 +80,7 @@ def debate_shard(config: RunConfig, shard: int, shards: int) -> None:
             "Debate without --shard."
         )
     display = Display(Console())
-    _check_same_config(config, update=False)
+    check_same_config(config, update=False)
     for seed in config.seeds:
         whole = seed_directory(config, seed)
         directory = whole / SHARDS / f"{shard}-of-{shards}"
@@ -129,14 +127,6 @@ def _clear_away(config: RunConfig) -> None:
 
 def seed_directory(config: RunConfig, seed: int) -> Path:
     return config.directory if len(config.seeds) == 1 else config.directory / f"seed-{seed}"
-
-
-def announcer(display: Display) -> Callable[[Manifest], None]:
-    def announce(manifest: Manifest) -> None:
-        state = "up to date" if manifest.reused else f"{manifest.seconds:,.1f} s"
-        display.say(f"[green]✓[/green] {manifest.stage:24} {state:>12}  [dim]{manifest.fingerprint}[/dim]")
-
-    return announce
 
 
 def _run_seed(config: RunConfig, seed: int, display: Display, until: str) -> tuple[list[Manifest], Outcome | None]:
@@ -191,39 +181,3 @@ def _publish_model(outcome: Outcome, results: Mapping[str, Any]) -> None:
             except OSError:  # a file system without hard links
                 shutil.copy2(path, fresh / path.name)
         write_text(fresh / "README.md", model_card(results, STUDENT))
-
-
-def keep_config(config: RunConfig, *, update: bool) -> None:
-    """Write the resolved configuration into the run directory. Raises as `_check_same_config`."""
-    _check_same_config(config, update)
-    write_text(config.directory / CONFIG, configuration.to_yaml(config))
-
-
-def _check_same_config(config: RunConfig, update: bool) -> None:
-    """Refuse a run directory that was made with another configuration.
-
-    One in which nothing was trained or generated yet, such as that of a run that was refused, may change its mind.
-    """
-    path = config.directory / CONFIG
-    made = {manifest.parent.name for manifest in config.directory.rglob("manifest.json")}
-    if update or not path.exists() or made <= {"raw_model", "questions", "prm_model"}:
-        return
-    try:
-        before = yaml.safe_load(path.read_text())
-        if not isinstance(before, dict):
-            raise ValueError("it is not a mapping")
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise AgentArkError(f"{path}: damaged ({error}). Delete it to go on in this directory.") from error
-    old, new = configuration.flat(before), configuration.flat(configuration.as_dict(config))
-    changed = [
-        key
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not configuration.is_free(key)
-    ]
-    if changed:
-        shown = ", ".join(f"{key} ({old.get(key)} → {new.get(key)})" for key in changed[:5])
-        more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
-        raise UsageError(
-            f"{path}: this directory was made with another configuration; different: {shown}{more}. Choose another "
-            "--name, or pass --update to redo what depends on the difference and reuse the rest."
-        )

@@ -4,12 +4,10 @@ Every stage is a pure function of its own slice of the configuration and of the 
 in the run's trace store, under keys that say everything they depend on, so no stage ever pays for one twice.
 """
 
-import asyncio
 import json
 import math
 import shutil
-from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -19,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from agentark_jax.arms import ARMS, STUDENT, Arm, Judged, Source, data_of, start_of
-from agentark_jax.cast import Agents, Cast, model_directory
+from agentark_jax.asking import PREDICTIONS, ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
+from agentark_jax.cast import Agents, Cast, identity, model_directory, size
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
 from agentark_jax.data.render import (
@@ -34,7 +33,7 @@ from agentark_jax.data.render import (
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answer, weigh
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
+from agentark_jax.evaluation.predictions import Prediction, load_predictions
 from agentark_jax.files import write_json
 from agentark_jax.generation import Asked, Generation, Model, Seat
 from agentark_jax.models import transformer, weights
@@ -45,12 +44,9 @@ from agentark_jax.policy import PolicySampler
 from agentark_jax.process import LABELS, deal_labels, evaluate_prm, label_steps, step_examples, train_prm
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
-from agentark_jax.protocols.config import DebateConfig
-from agentark_jax.protocols.debate import debate, longest_dialogue
-from agentark_jax.protocols.methods import Settings, carry_out
-from agentark_jax.protocols.peers import PeerSource, another_question, noise, real
+from agentark_jax.protocols.debate import longest_dialogue
+from agentark_jax.protocols.methods import Settings
 from agentark_jax.protocols.single import answer, explain
-from agentark_jax.protocols.table import Pool, Result
 from agentark_jax.records import DEBATE, DEBATER, Example, Grade, Label, Question, Turn, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, read_manifest
 from agentark_jax.tasks.items import answered
@@ -237,7 +233,7 @@ class Pipeline:
                 with self.display.bar("prepare the model", total=1):
                     directory = resolve_model(source.source)
                 location = str(directory.resolve())
-            work.counts = _identity(directory, location)
+            work.counts = identity(directory, location)
 
         if source.source == SCRATCH:
             slice_ = {"scratch": as_dict(source.scratch), "task": as_dict(self.config.task), "seed": self.seed}
@@ -256,7 +252,7 @@ class Pipeline:
             with self.display.bar("prepare the model of the judge", total=1):
                 directory = resolve_model(source)
             self.cast.reads(directory, form)
-            work.counts = _identity(directory, str(directory.resolve()))
+            work.counts = identity(directory, str(directory.resolve()))
 
         return self.run.produce("prm_model", build, version=1, config={"source": source}, inputs={})
 
@@ -384,7 +380,7 @@ class Pipeline:
                 protocol=WARM_START,
             )
             self._label(turns)
-            (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+            keep_keys(work, turns)
 
         sampled = self.run.produce(
             "warm_start_samples",
@@ -457,7 +453,7 @@ class Pipeline:
                 self._gather_shards()
             turns = generate(work, title, questions=questions)[0]
             labels = self._label(turns)
-            (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+            keep_keys(work, turns)
             work.counts["verdicts"] = {
                 verdict: sum(label.verdict == verdict for label in labels.values())
                 for verdict in ("right", "wrong", "unparseable")
@@ -752,7 +748,7 @@ class Pipeline:
             work.counts |= {
                 "revision": weights.weights_fingerprint(work.directory / "model"),
                 "location": "model",
-                "trainable": _size(trained),
+                "trainable": size(trained),
                 "examples": result.counts["rollouts"],
                 "steps": result.steps,
                 "iterations": result.iterations,
@@ -953,9 +949,7 @@ class Pipeline:
             def build(work: Work) -> None:
                 turns, voters = generate(work)
                 labels = self._label(turns, final)
-                predictions = [predict(turns[question.id], voters[question.id], labels) for question in asked]
-                save_predictions(work.directory / "predictions.jsonl", predictions)
-                (work.directory / "keys.json").write_text(json.dumps([turn.key for turn in _flatten(turns)]))
+                keep_predictions(work, asked, turns, voters, labels)
 
             stage = self.run.produce(
                 f"evaluate_{name}",
@@ -971,7 +965,7 @@ class Pipeline:
                 },
                 inputs={**inputs, "questions": drawn},
             )
-            evaluated[name] = Evaluated(name, stage, load_predictions(stage.directory / "predictions.jsonl"))
+            evaluated[name] = Evaluated(name, stage, load_predictions(stage.directory / PREDICTIONS))
 
         def alone(
             name: str,
@@ -1056,7 +1050,7 @@ class Pipeline:
         work.counts |= {
             "revision": weights.weights_fingerprint(work.directory / "model"),
             "location": "model",
-            "trainable": _size(trained),
+            "trainable": size(trained),
             "examples": len(examples),
             "steps": result.steps,
             "tokens": result.tokens,
@@ -1068,72 +1062,20 @@ class Pipeline:
         write_json(work.directory / "training.json", record)
         remove_checkpoints(work.directory)
 
-    def _sample(
-        self,
-        work: Work,
-        title: str,
-        *,
-        seats: Sequence[Seat],
-        questions: Sequence[Question],
-        draw: Draw,
-        samples: int,
-        protocol: str,
-        how: Callable[..., Awaitable[list[Turn]]] = answer,
-    ) -> tuple[Asked, Asked]:
-        """Independent answers to each question, and again as those that vote on it."""
+    def _sample(self, work: Work, title: str, **settings: Any) -> tuple[Asked, Asked]:
+        return ask_alone(self.generation, work, title, context=self._longest, **settings)
 
-        async def ask(question: Question, pool: Pool) -> list[Turn]:
-            return await how(question, pool, draw, samples=samples, protocol=protocol)
-
-        turns = self.generation.ask(work, title, seats, questions, ask, calls=samples, context=self._longest)
-        return turns, turns
-
-    def _debate_all(
-        self,
-        work: Work,
-        title: str,
-        *,
-        seats: Sequence[Seat],
-        questions: Sequence[Question],
-        settings: DebateConfig,
-        debates: int = 1,
-    ) -> tuple[Asked, Asked]:
-        """Every question's debate, or so many of them: their turns, and those whose majority is the first's answer."""
-        results: dict[str, Result] = {}
-
-        def everyone(settings: DebateConfig, peers: PeerSource) -> Asked:
-            async def one(question: Question, pool: Pool) -> Sequence[Turn]:
-                held = (debate(question, pool, settings, peers, sample=number) for number in range(debates))
-                several = await asyncio.gather(*held)
-                results[question.id] = several[0]
-                return [turn for each in several for turn in each.turns]
-
-            calls = settings.agents * settings.rounds * debates
-            return self.generation.ask(
-                work, title, seats, questions, one, calls=calls, context=self._longest, read=self._read
-            )
-
-        peers = real if settings.peers == "real" else noise(self.seed)
-        if settings.peers == "other":
-            # The first rounds alone; the debates then find them in the store.
-            first = replace(settings, rounds=1, aggregation="majority")
-            peers = another_question(_flatten(everyone(first, real)), self.seed)
-        turns = everyone(settings, peers)
-        return turns, _finals(work, results)
+    def _debate_all(self, work: Work, title: str, **settings: Any) -> tuple[Asked, Asked]:
+        return ask_debate(
+            self.generation, work, title, seed=self.seed, context=self._longest, read=self._read, **settings
+        )
 
     def _carry_out(
         self, title: str, seats: Sequence[Seat], questions: Sequence[Question], method: Settings, work: Work
     ) -> tuple[Asked, Asked]:
-        """Another method on every question; what it gives is that of `_debate_all`."""
-        results: dict[str, Result] = {}
-
-        async def one(question: Question, pool: Pool) -> Sequence[Turn]:
-            results[question.id] = await carry_out(question, pool, method)
-            return results[question.id].turns
-
         context = self.config.methods.context
-        turns = self.generation.ask(work, title, seats, questions, one, calls=None, context=context, read=self._read)
-        return turns, _finals(work, results)
+        settings: dict[str, Any] = {"seats": seats, "questions": questions, "method": method, "context": context}
+        return ask_method(self.generation, work, title, read=self._read, **settings)
 
     def _read(self, question: Question, text: str) -> str:
         return self.task.grade(question, text).answer
@@ -1144,10 +1086,7 @@ class Pipeline:
         def grade(question: Question, text: str) -> Grade:
             return self.task.grade(question, text.rpartition(final)[2] if final else text)
 
-        questions = {question.id: question for question in self.store.questions()}
-        labels = labelling.grade_turns(_flatten(turns), questions, grade, self._grader(final))
-        self.store.put_labels(labels)
-        return {label.key: label for label in labels}
+        return labelling.label_turns(self.store, flatten(turns), grade, self._grader(final))
 
     def _grader(self, final: str = "") -> str:
         return f"{self.task.grader_id} after {final!r}" if final else self.task.grader_id
@@ -1172,15 +1111,6 @@ class Pipeline:
             question_id, ids = said[key]
             answers.setdefault(question_id, {})[key] = ids
         return answers
-
-
-def _finals(work: Work, results: Mapping[str, Result]) -> Asked:
-    """The turns behind each question's answer; why conversations ended, and what went wrong, is counted."""
-    work.counts |= {
-        "stopped": dict(Counter(result.stopped for result in results.values())),
-        "notes": dict(Counter(note.kind for result in results.values() for note in result.notes)),
-    }
-    return {question_id: list(result.final) for question_id, result in results.items()}
 
 
 def _shares(name: str, spent: Mapping[str, float]) -> str:
@@ -1212,26 +1142,6 @@ def share_name(share: float) -> str:
     return f"{STUDENT}_{share:.0%}".replace("%", "pct")
 
 
-def _flatten(turns: Mapping[str, Sequence[Turn]]) -> list[Turn]:
-    return [turn for each in turns.values() for turn in each]
-
-
 def _completion_ids(turn: Turn) -> list[int]:
     assert turn.completion is not None, "protocols only return turns that succeeded"
     return turn.completion.ids.tolist()
-
-
-def _identity(directory: Path, location: str) -> dict[str, Any]:
-    """What the artefact of a model that was found says: the hash of its files, where they are, and how large it is."""
-    shapes = transformer.param_shapes(load_config(directory))
-    return {
-        "revision": weights.weights_fingerprint(directory),
-        "location": location,
-        "parameters": _size(shapes),
-    }
-
-
-def _size(shapes: transformer.Params) -> int:
-    import jax
-
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))

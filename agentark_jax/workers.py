@@ -17,8 +17,9 @@ from rich.console import Console
 
 from agentark_jax.arms import dealt
 from agentark_jax.config import RunConfig
+from agentark_jax.directory import announcer, keep_config
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.experiment import announcer, idle_workers, keep_config, seed_directory, worker_directory
+from agentark_jax.experiment import idle_workers, seed_directory, worker_directory
 from agentark_jax.pipeline import SHARDS, Common, Pipeline, students_of
 from agentark_jax.progress import Display
 from agentark_jax.stages import Manifest, Run, locked

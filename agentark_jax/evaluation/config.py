@@ -8,6 +8,9 @@ from agentark_jax.errors import UsageError
 
 Overlap = Literal["refuse", "drop"]
 
+# What `agentark evaluate` can measure; each has its settings in `EvaluateRun` under its name.
+SUITES = ("accuracy",)
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -45,3 +48,53 @@ class EvaluationConfig:
             raise UsageError(f"evaluate.overlap is {self.overlap!r}: choose {' or '.join(get_args(Overlap))}.")
         if not 0 < self.level < 1:
             raise UsageError(f"evaluate.level is {self.level}: give a confidence level between 0 and 1, such as 0.95.")
+
+
+@dataclass(frozen=True)
+class AccuracyConfig:
+    """How often answers are right: of one greedy call, of samples and their vote, of a debate and other methods.
+
+    Attributes:
+        samples: independent answers to each question; 0 leaves out samples and vote.
+        temperature: of these samples.
+        debate: whether the model also debates with itself, as `debate` says.
+        multi_call_questions: how many of the questions the debate and the methods answer; 0 means all of them.
+    """
+
+    samples: int = 8
+    temperature: float = 0.7
+    debate: bool = True
+    multi_call_questions: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 0:
+            raise UsageError(f"accuracy.samples is {self.samples}: give a number of samples, or 0 for none.")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(
+                f"accuracy.temperature is {self.temperature}: give a positive one; the greedy answer is always asked."
+            )
+        if self.multi_call_questions < 0:
+            raise UsageError(
+                f"accuracy.multi_call_questions is {self.multi_call_questions}: give 0 for all, or a count."
+            )
+
+
+@dataclass(frozen=True)
+class SelfCorrectionConfig:
+    """What a model makes of its own errors, of those of others, and of doubt without reason.
+
+    Attributes:
+        max_tokens: longest answer after a check prompt; null: as the first answer.
+        steps: in how many steps of a right solution an error is planted at most, each by itself.
+        localisation: whether the model is asked which step is wrong, which needs an engine that takes a regex.
+    """
+
+    max_tokens: int | None = None
+    steps: int = 4
+    localisation: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UsageError(f"self_correction.max_tokens is {self.max_tokens}: give a positive number, or null.")
+        if self.steps < 1:
+            raise UsageError(f"self_correction.steps is {self.steps}: give at least one step.")

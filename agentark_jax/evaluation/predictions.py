@@ -1,7 +1,7 @@
 """What an arm answers to a question, and what it cost: the unit that every figure is computed from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,7 +11,10 @@ from agentark_jax.traces.labels import majority_vote
 
 @dataclass(frozen=True)
 class Prediction:
-    """One arm's final answer to one question. Tokens and calls are summed over all turns behind it."""
+    """One arm's final answer to one question. Tokens and calls are summed over all turns behind it.
+
+    `truncated` are those of the turns that were cut off at their limit.
+    """
 
     question_id: str
     answer: str
@@ -20,6 +23,7 @@ class Prediction:
     prompt_tokens: int
     completion_tokens: int
     turn_keys: tuple[str, ...]
+    truncated: int = 0
 
     @property
     def calls(self) -> int:
@@ -31,7 +35,7 @@ class Prediction:
         return self.prompt_tokens + self.completion_tokens
 
 
-def predict(turns: Sequence[Turn], voters: Sequence[Turn], labels: dict[str, Label]) -> Prediction:
+def predict(turns: Sequence[Turn], voters: Sequence[Turn], labels: Mapping[str, Label]) -> Prediction:
     """The majority answer of the `voters` among a question's `turns`; all turns count towards its cost.
 
     Args:
@@ -50,6 +54,7 @@ def predict(turns: Sequence[Turn], voters: Sequence[Turn], labels: dict[str, Lab
         prompt_tokens=sum(completion.prompt_tokens for completion in completions),
         completion_tokens=sum(len(completion.ids) for completion in completions),
         turn_keys=tuple(turn.key for turn in turns),
+        truncated=sum(completion.finish == "length" for completion in completions),
     )
 
 

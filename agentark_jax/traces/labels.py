@@ -81,6 +81,13 @@ def grade_turns(turns: Iterable[Turn], questions: Mapping[str, Question], grade:
     return labels
 
 
+def label_turns(store: TraceStore, turns: Iterable[Turn], grade: Grader, grader: str) -> dict[str, Label]:
+    """Grade turns of a store's questions, keep the labels, and give them by key. Raises as `grade_turns`."""
+    labels = grade_turns(turns, {question.id: question for question in store.questions()}, grade, grader)
+    store.put_labels(labels)
+    return {label.key: label for label in labels}
+
+
 def label_store(store: TraceStore, grade: Grader, grader: str, *, protocol: str | None = None) -> dict[Verdict, int]:
     """Grade a store's successful turns (of one protocol, or all), keep the labels, and count them by verdict."""
     questions = {question.id: question for question in store.questions()}

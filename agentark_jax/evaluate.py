@@ -1,0 +1,136 @@
+"""`agentark evaluate`: what one model can do on one task, whoever made it; suite by suite, each stage done once."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from agentark_jax.cast import identity
+from agentark_jax.config import EvaluateRun, as_dict
+from agentark_jax.data.chat import make_format
+from agentark_jax.directory import announcer, keep_config
+from agentark_jax.errors import UsageError
+from agentark_jax.files import write_json
+from agentark_jax.generation import Generation, Model, Seat
+from agentark_jax.models.config import load_config
+from agentark_jax.models.gguf import resolve_model
+from agentark_jax.progress import Display
+from agentark_jax.records import Question, stable_hash
+from agentark_jax.stages import Manifest, Run, Work, git_revision, locked, package_versions
+from agentark_jax.suites.bench import Bench
+from agentark_jax.suites.registry import SUITES
+from agentark_jax.tasks.task import Task, make_task
+from agentark_jax.traces.store import TraceStore
+
+SCHEMA = 1
+RESULTS = "results.json"
+
+
+def evaluate(config: EvaluateRun, *, update: bool) -> dict[str, Any]:
+    """Bring an evaluation up to date, write `results.json` and print it.
+
+    Args:
+        update: go on in a directory that was made with another configuration.
+
+    Raises:
+        UsageError: the model, the task or the directory cannot be used as they are.
+        AgentArkError: a stage failed; what is done stays done.
+    """
+    started, display = time.monotonic(), Display(Console())
+    with locked(config.directory):
+        keep_config(config, update=update)
+        run = Run(config.directory, on_stage=announcer(display))
+        with TraceStore(config.directory / "traces.sqlite") as store:
+            bench = prepare(config, run, store, display)
+            figures = {name: SUITES[name].measure(bench, getattr(config, name)) for name in config.suites}
+        results = _results(config, bench, figures)
+        write_json(config.directory / RESULTS, results)
+    for name in config.suites:
+        for table in SUITES[name].tables(figures[name]):
+            display.console.print(table)
+    built = [manifest for manifest in run.manifests if not manifest.reused]
+    seconds = time.monotonic() - started
+    if built:
+        tokens = sum(manifest.tokens for manifest in built)
+        display.say(f"{len(built)} stages in {seconds:,.0f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s.")
+    else:
+        display.say(f"Everything was up to date: nothing was generated ({seconds:.1f} s).")
+    display.say(f"Results: {config.directory / RESULTS}")
+    return results
+
+
+def prepare(config: EvaluateRun, run: Run, store: TraceStore, display: Display) -> Bench:
+    """Find the model and draw the questions.
+
+    Raises UsageError where the model takes too few tokens for a question and its answer.
+    """
+    model = _find_model(config, run, display)
+    task = make_task(config.task, {"held_out": config.questions})
+    questions = _draw_questions(config, run, store, task)
+    longest = max(sum(map(len, model.form.question(question))) for question in questions)
+    room = min(model.config.max_positions, config.engine.context or model.config.max_positions)
+    if longest + config.max_tokens > room:
+        raise UsageError(
+            f"max_tokens is {config.max_tokens}, and the longest question takes {longest} tokens, but the model or "
+            f"engine.context takes {room} together: lower max_tokens, or raise engine.context if that is set."
+        )
+    seat = Seat(model, tuple(config.engine.servers), config.api, config.served)
+    generation = Generation(config.engine, store, display, seed=config.seed)
+    return Bench(config, run, store, display, generation, task, questions, model, seat)
+
+
+def _find_model(config: EvaluateRun, run: Run, display: Display) -> Model:
+    ours = config.api == "sglang"  # whose weights are read
+    with display.bar("find the model", total=1):
+        directory = resolve_model(config.model, weights=ours).resolve()
+        # A directory may have got other weights since the last time.
+        found = identity(directory, str(directory), weights=ours)
+
+    def build(work: Work) -> None:
+        work.counts = found
+
+    run.produce("model", build, version=1, config={"source": config.model}, inputs={"files": stable_hash(found)})
+    model = load_config(directory)
+    form = make_format(directory, config.prompt, embeddings=model.vocab_size)
+    return Model(config.model, directory, found["revision"], model, form)
+
+
+def _draw_questions(config: EvaluateRun, run: Run, store: TraceStore, task: Task) -> list[Question]:
+    questions = task.questions("held_out", config.questions)
+    drawn = stable_hash([[each.id, each.answer, each.rationale] for each in questions])
+
+    def build(work: Work) -> None:
+        store.put_questions(questions)
+        work.counts = {"held_out": len(questions), "read": dict(task.counts)}
+
+    run.produce("questions", build, version=1, config={"task": as_dict(config.task)}, inputs={"questions": drawn})
+    return questions
+
+
+def _results(config: EvaluateRun, bench: Bench, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of `results.json`; wall-clock figures stand under `timing` only."""
+    manifests = {manifest.stage: manifest for manifest in bench.run.manifests}
+    return {
+        "schema": SCHEMA,
+        "run": {
+            "name": config.name,
+            "seed": config.seed,
+            "git": git_revision(),
+            "fingerprint": stable_hash(sorted(manifest.fingerprint for manifest in manifests.values())),
+            "versions": package_versions(),
+            "command": f"agentark evaluate --config {config.directory / 'config.yaml'}",
+        },
+        "model": {"source": config.model, **_without_location(manifests["model"])},
+        "task": {"name": config.task.title, "path": config.task.path, "questions": len(bench.questions)},
+        "suites": dict(figures),
+        "timing": {
+            "stages": [
+                {"stage": each.stage, "seconds": each.seconds, "tokens": each.tokens} for each in manifests.values()
+            ]
+        },
+    }
+
+
+def _without_location(found: Manifest) -> dict[str, Any]:
+    return {key: value for key, value in found.counts.items() if key != "location"}
