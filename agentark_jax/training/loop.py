@@ -113,8 +113,8 @@ class Memory:
 
 def planned_steps(config: FitConfig, examples: Sequence[Example], seed: int) -> int:
     """How many steps `fit` takes where no validation ends it early. Raises what `packed_batches` raises."""
-    shape = {"rows": config.rows, "row_length": config.row_length}
-    return _steps(config, len(packed_batches(examples, seed=seed, epochs=config.epochs, **shape)))
+    batches = packed_batches(examples, seed=seed, epochs=config.epochs, rows=config.rows, row_length=config.row_length)
+    return _steps(config, len(batches))
 
 
 def _steps(config: FitConfig, batches: int) -> int:
