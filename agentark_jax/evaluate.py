@@ -68,16 +68,16 @@ def prepare(config: EvaluateRun, run: Run, store: TraceStore, display: Display) 
     model = _find_model(config, run, display)
     task = make_task(config.task, {"held_out": config.questions})
     questions = _draw_questions(config, run, store, task)
-    longest = max(sum(map(len, model.form.question(question))) for question in questions)
-    room = min(model.config.max_positions, config.engine.context or model.config.max_positions)
-    if longest + config.max_tokens > room:
-        raise UsageError(
-            f"max_tokens is {config.max_tokens}, and the longest question takes {longest} tokens, but the model or "
-            f"engine.context takes {room} together: lower max_tokens, or raise engine.context if that is set."
-        )
     seat = Seat(model, tuple(config.engine.servers), config.api, config.served)
     generation = Generation(config.engine, store, display, seed=config.seed)
-    return Bench(config, run, store, display, generation, task, questions, model, seat)
+    bench = Bench(config, run, store, display, generation, task, questions, model, seat)
+    longest = max(sum(map(len, model.form.question(question))) for question in questions)
+    if longest + config.max_tokens > bench.limit:
+        raise UsageError(
+            f"max_tokens is {config.max_tokens}, and the longest question takes {longest} tokens, but the model or "
+            f"engine.context takes {bench.limit} together: lower max_tokens, or raise engine.context if that is set."
+        )
+    return bench
 
 
 def _find_model(config: EvaluateRun, run: Run, display: Display) -> Model:

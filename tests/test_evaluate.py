@@ -130,12 +130,12 @@ def test_an_evaluation_leaves_figures_behind_and_is_done_once(model, tmp_path):
 @pytest.mark.slow
 def test_an_evaluation_that_is_killed_ends_as_one_that_is_not(model, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    arguments = ["--accuracy.samples", "2"]
+    arguments = ["--suites", "[self_correction]", "--self_correction.steps", "1"]
     complete(whole, model, *arguments)
     process = start(killed, model, *arguments)
     try:
         deadline = time.monotonic() + 300
-        while not (killed / "evaluation" / "accuracy_greedy" / "begun.json").exists():
+        while not (killed / "evaluation" / "self_correction_neutral" / "begun.json").exists():
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -149,6 +149,9 @@ def test_an_evaluation_that_is_killed_ends_as_one_that_is_not(model, tmp_path):
         return results["suites"]
 
     assert figures(whole) == figures(killed)
+    checks = figures(whole)["self_correction"]["checks"]
+    assert {each["accuracy_2"]["n"] for each in checks.values()} == {6}
+    assert "nothing was generated" in complete(killed, model, *arguments)
 
 
 def test_a_question_that_the_model_cannot_take_is_refused_before_anything_is_asked(model, tmp_path, capsys):

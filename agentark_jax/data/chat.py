@@ -108,6 +108,10 @@ class ChatFormat:
             messages[-1] = _user("".join([*told, revise]))
         return self._spoken(messages, [*owns, *peers])
 
+    def reply(self, question: Question, own: Sequence[int], text: str) -> Prompt:
+        messages = [*self._asked(question.prompt), _assistant(_MARK.format(0)), _user(text)]
+        return self._spoken(messages, [own])
+
     def instruction(self, parts: Sequence[Part]) -> Prompt:
         said = [part for part in parts if not isinstance(part, str)]
         marks = map(_MARK.format, range(len(said)))

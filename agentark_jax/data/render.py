@@ -109,6 +109,10 @@ class Format(Protocol):
         """
         ...
 
+    def reply(self, question: Question, own: Sequence[int], text: str) -> Prompt:
+        """The question, the agent's own completion as sampled ids, and what it is told then, in free words."""
+        ...
+
     def instruction(self, parts: Sequence[Part]) -> Prompt:
         """A prompt in free words: our own text (first of all) and, as sampled ids, what agents said."""
         ...
@@ -173,6 +177,10 @@ class PlainFormat:
         for place, (title, ids) in enumerate(told):
             segments += [self.tokenizer.encode(title if place else title.removeprefix("\n")), self.shown(ids)]
         return (*segments, self.tokenizer.encode(last))
+
+    def reply(self, question: Question, own: Sequence[int], text: str) -> Prompt:
+        told = self.tokenizer.encode(f"\n{text}{self.REVISE}")
+        return (self._head(question), self.tokenizer.encode(self.OWN), self.shown(own), told)
 
     def instruction(self, parts: Sequence[Part]) -> Prompt:
         first, *rest = [self.tokenizer.encode(part) if isinstance(part, str) else self.shown(part) for part in parts]

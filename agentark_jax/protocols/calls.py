@@ -75,11 +75,13 @@ class Caller:
         sample: int = 0,
         parents: tuple[str, ...] = (),
         shared: int = 0,
+        regex: str | None = None,
     ) -> Turn:
         """The answer to one call, from the store or from the engine.
 
         `shared`, as in `Request`, is no part of the call's key: it has to follow from what is, such as the prompt's
         segments, and never from who else asks, or a resumed run could draw other log-probabilities in the last digits.
+        `regex`, where given, is what the whole answer must match.
 
         Raises:
             CallFailed: the engine failed; the failure is recorded as an attempt, and a later run tries again.
@@ -102,6 +104,7 @@ class Caller:
                 max_tokens=draw.max_tokens,
                 stop_ids=self.form.stop_ids,
                 seed=int(stable_hash(place)[:16], 16),
+                regex=regex,
             ),
             prompt=prompt,
         )

@@ -52,7 +52,7 @@ def measure(bench: Bench, settings: AccuracyConfig) -> dict[str, Any]:
 
 
 def greedy(bench: Bench) -> list[Prediction]:
-    """The one greedy answer to each question, which other suites start from, too."""
+    """The one greedy answer to each question, in the order of `bench.questions`; other suites start from it, too."""
 
     def build(work: Work) -> None:
         turns = _alone(bench, work, "greedy answers", bench.greedy, 1, "single_greedy")

@@ -107,9 +107,14 @@ class Bench:
         return self.generation.ask(work, title, [self.seat], asked, ask, calls=calls, context=room, read=self.read)
 
     def room(self, prompts: Iterable[Prompt], max_tokens: int | None = None) -> int:
-        """Tokens of the longest of these prompts and of an answer to it, as far as the model takes that many."""
+        """Tokens of the longest of these prompts and of an answer to it, at most `limit`."""
         longest = max((sum(map(len, prompt)) for prompt in prompts), default=1)
-        return min(longest + (max_tokens or self.config.max_tokens), self.model.config.max_positions)
+        return min(longest + (max_tokens or self.config.max_tokens), self.limit)
+
+    @property
+    def limit(self) -> int:
+        """Tokens that a prompt and its answer may take together, at most."""
+        return min(self.model.config.max_positions, self.config.engine.context or self.model.config.max_positions)
 
     def read(self, question: Question, text: str) -> str:
         """The final answer of a text; no verdict enters here."""

@@ -5,7 +5,7 @@ from typing import Any, Protocol, cast
 
 from rich.table import Table
 
-from agentark_jax.suites import accuracy
+from agentark_jax.suites import accuracy, self_correction
 from agentark_jax.suites.bench import Bench
 
 
@@ -21,4 +21,4 @@ class Suite(Protocol):
         ...
 
 
-SUITES: Mapping[str, Suite] = {"accuracy": cast(Suite, accuracy)}
+SUITES: Mapping[str, Suite] = {"accuracy": cast(Suite, accuracy), "self_correction": cast(Suite, self_correction)}
