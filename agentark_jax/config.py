@@ -19,6 +19,13 @@ from agentark_jax.engines import config as engines
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.config import SUITES, AccuracyConfig, EvaluationConfig, SelfCorrectionConfig
+from agentark_jax.evaluation.suite_config import (
+    GeneralisationConfig,
+    QualityConfig,
+    RetentionConfig,
+    RobustnessConfig,
+    TruthfulQAConfig,
+)
 from agentark_jax.models.config import Lora
 from agentark_jax.models.source import ModelSourceConfig
 from agentark_jax.protocols.config import AgentConfig, Api, DebateConfig
@@ -293,9 +300,15 @@ class EvaluateRun:
         engine: who generates.
         debate: how the model debates with itself.
         methods: further ways to answer with several calls.
-        suites: what is measured: `accuracy`, `self_correction`. What was measured before is kept, whatever is named.
+        suites: what is measured: `accuracy`, `self_correction`, `robustness`, `truthfulqa`, `generalisation`,
+            `retention`, `quality`. What was measured before is kept, whatever is named.
         accuracy: settings of that suite.
         self_correction: settings of that suite.
+        robustness: settings of that suite.
+        truthfulqa: settings of that suite.
+        generalisation: settings of that suite.
+        retention: settings of that suite.
+        quality: settings of that suite.
     """
 
     name: str = "evaluation"
@@ -315,6 +328,11 @@ class EvaluateRun:
     suites: list[str] = field(default_factory=lambda: ["accuracy"])
     accuracy: AccuracyConfig = field(default_factory=AccuracyConfig)
     self_correction: SelfCorrectionConfig = field(default_factory=SelfCorrectionConfig)
+    robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
+    truthfulqa: TruthfulQAConfig = field(default_factory=TruthfulQAConfig)
+    generalisation: GeneralisationConfig = field(default_factory=GeneralisationConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
+    quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -339,10 +357,29 @@ class EvaluateRun:
                 "self_correction.localisation needs answers of a given form, which OpenAI endpoints do not take: set "
                 "it to false."
             )
+        self._check_needs()
 
     @property
     def directory(self) -> Path:
         return Path(self.root) / self.name
+
+    def _check_needs(self) -> None:
+        """What the suites that are named cannot do without."""
+        text_only = self.api == "openai"
+        needs = (
+            ("generalisation", not self.generalisation.tasks, "generalisation.tasks is empty: give [{name: hotpotqa}]"),
+            ("retention", not self.retention.base, "retention.base is missing: give the model this one was made from"),
+            ("quality", not self.quality.judges, "quality.judges is empty: give [{model: DIR}], or two of them"),
+            ("retention", text_only, "retention reads the model's weights, but api is openai: give its directory"),
+            (
+                "truthfulqa",
+                text_only and self.truthfulqa.choices,
+                "truthfulqa.choices needs log-probabilities, which OpenAI endpoints do not tell: set it to false",
+            ),
+        )
+        for suite, lacking, what in needs:
+            if lacking and suite in self.suites:
+                raise UsageError(f"{what}, or leave {suite} out of suites.")
 
 
 def _check_name(name: str) -> None:

@@ -423,7 +423,7 @@ def test_what_is_held_out_is_not_learned(gsm8k):
     write(gsm8k / "gsm8k" / "train.jsonl.gz", sums(400) + close)
     splits, task = drawn(gsm8k, {"debate": 150, "warm_start": 60})
     assert task.counts["held_out_elsewhere_dropped"] == 1
-    plus = {"solution": "#### 5", "answer": "5", "perturbation_type": "x", "question": "Another?"}
+    plus = {"solution": "#### 5", "answer": "5", "seed_answer": "8", "perturbation_type": "x", "question": "Another?"}
     rows = [
         {**plus, "seed_question": "What is 7 + 1?"},
         {**plus, "question": "None?", "answer": "None", "seed_question": ""},

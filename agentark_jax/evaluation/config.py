@@ -9,7 +9,7 @@ from agentark_jax.errors import UsageError
 Overlap = Literal["refuse", "drop"]
 
 # What `agentark evaluate` can measure; each has its settings in `EvaluateRun` under its name.
-SUITES = ("accuracy", "self_correction")
+SUITES = ("accuracy", "self_correction", "robustness", "truthfulqa", "generalisation", "retention", "quality")
 
 
 @dataclass(frozen=True)

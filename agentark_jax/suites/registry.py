@@ -5,7 +5,15 @@ from typing import Any, Protocol, cast
 
 from rich.table import Table
 
-from agentark_jax.suites import accuracy, self_correction
+from agentark_jax.suites import (
+    accuracy,
+    generalisation,
+    quality,
+    retention,
+    robustness,
+    self_correction,
+    truthfulqa,
+)
 from agentark_jax.suites.bench import Bench
 
 
@@ -21,4 +29,12 @@ class Suite(Protocol):
         ...
 
 
-SUITES: Mapping[str, Suite] = {"accuracy": cast(Suite, accuracy), "self_correction": cast(Suite, self_correction)}
+SUITES: Mapping[str, Suite] = {
+    "accuracy": cast(Suite, accuracy),
+    "self_correction": cast(Suite, self_correction),
+    "robustness": cast(Suite, robustness),
+    "truthfulqa": cast(Suite, truthfulqa),
+    "generalisation": cast(Suite, generalisation),
+    "retention": cast(Suite, retention),
+    "quality": cast(Suite, quality),
+}

@@ -101,7 +101,7 @@ def _gsm_plus(values: Values, seed: int) -> Found:
         yield UNANSWERABLE
         return
     _, way = split_gsm8k(values["solution"])
-    meta = {"perturbation": values["perturbation_type"]}
+    meta = {"perturbation": values["perturbation_type"], "seed_answer": str(values["seed_answer"]).strip()}
     gold = values["answer"].strip()
     yield Item(values["question"].strip(), gold, answered(way, gold), group=values["seed_question"], meta=meta)
 
@@ -374,11 +374,10 @@ def load(name: str, part: Part, path: Path | None, seed: int) -> Loaded:
     Raises:
         UsageError: no such file or dataset, or a row that is not as the dataset's rows are.
     """
-    dataset = DATASETS[name]
     counts = {"read": 0}
     first: dict[str, Item] = {}
     at_odds: set[str] = set()
-    for row in dataset.adapt(_rows(name, dataset, part, path)):
+    for row in read_rows(name, part, path):
         for found in _parsed(name, row, seed):
             counts["read"] += 1
             if isinstance(found, str):
@@ -420,7 +419,13 @@ def _parsed(name: str, row: Row, seed: int) -> Iterator[Item | str]:
         yield item if isinstance(item, str) else replace(item, line=row.line)
 
 
-def _rows(name: str, dataset: Dataset, part: Part, path: Path | None) -> Iterator[Row]:
+def read_rows(name: str, part: Part, path: Path | None) -> Iterable[Row]:
+    """The rows of one part of a dataset as they are published. Raises UsageError where they cannot be had."""
+    dataset = DATASETS[name]
+    return dataset.adapt(_read(name, dataset, part, path))
+
+
+def _read(name: str, dataset: Dataset, part: Part, path: Path | None) -> Iterator[Row]:
     if path is not None:
         for file in [path] if not path.is_dir() else _files(name, part, path):
             yield from read_file(file)
