@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,14 @@ def parse(*arguments: str) -> config.RunConfig:
     return config.parse(arguments, "agentark run", "")[0]
 
 
+@cache
+def shipped(path: Path) -> config.RunConfig:
+    return parse("--config", str(path))
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
-    parsed = parse("--config", str(path))
+    parsed = shipped(path)
     assert parsed.name == path.stem
     (tmp_path / "again.yaml").write_text(config.to_yaml(parsed))
     assert parse("--config", str(tmp_path / "again.yaml")) == parsed
@@ -33,7 +39,7 @@ def test_the_shipped_configs_are_valid_and_survive_a_round_trip(path, tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_adapters_can_be_trained_instead_of_what_any_config_trains(path):
-    alone, adapted = parse("--config", str(path)), parse("--config", str(path), "--config", str(LORA))
+    alone, adapted = shipped(path), parse("--config", str(path), "--config", str(LORA))
     for before, after in (
         (alone.fit, adapted.fit),
         (alone.warm_start.answer, adapted.warm_start.answer),
@@ -47,7 +53,7 @@ def test_adapters_can_be_trained_instead_of_what_any_config_trains(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_further_students_can_be_asked_of_any_config(path):
-    alone, compared = parse("--config", str(path)), parse("--config", str(path), "--config", str(ARMS))
+    alone, compared = shipped(path), parse("--config", str(path), "--config", str(ARMS))
     given = yaml.safe_load(ARMS.read_text())
     assert {"control", "samples", "gold", "diverse_k2_after_student"} <= set(given["arms"])
     assert compared == replace(alone, **given)
