@@ -139,9 +139,9 @@ def attribution() -> dict:
 
 def checks() -> list[dict]:
     return [
-        {"name": "A/A", "expected": "no difference", "found": {"difference": 0.01, "low": -0.02, "high": 0.04},
+        {"name": "A/A", "expected": 0.0, "found": {"difference": 0.01, "low": -0.02, "high": 0.04, "n": 96},
          "passed": True, "sentence": "Two students of the same data do not differ."},
-        {"name": "planted", "expected": "+5.0 points", "found": {"difference": 0.01, "low": -0.02, "high": 0.03},
+        {"name": "planted", "expected": 0.05, "found": {"difference": 0.01, "low": -0.02, "high": 0.03, "n": 96},
          "passed": False, "sentence": "The planted effect was missed."},
     ]  # fmt: skip
 

@@ -218,7 +218,8 @@ def test_attribution_says_what_each_arm_learned_and_each_contrast_asks(html):
         "Debate student − Single-agent student at equal tokens ○ no difference shown matched Does debate help?",
         "the same 85 questions (3 given up), of equally many tokens and of lengths alike (smallest p = 0.93): “Debate "
         "student” 5,000, “Single-agent student at equal tokens” 5,010.",
-        "✓ as expected", "✗ not as expected", "1.2 M", "1,380 questions 1,200 to no end", "never",
+        "differ. 0.0 +1.0 [−2.0, +4.0], n 96 ✓ as expected", "+5.0 +1.0 [−2.0, +3.0], n 96 ✗ not as expected",
+        "1.2 M", "1,380 questions 1,200 to no end", "never",
     ):  # fmt: skip
         assert fragment in text, fragment
     places = [

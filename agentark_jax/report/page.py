@@ -5,6 +5,7 @@ one script shows with `textContent`; a content security policy allows that scrip
 """
 
 import base64
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -47,6 +48,41 @@ def write_report(path: Path, results: Mapping[str, Any], debates: Sequence[Mappi
 def render(results: Mapping[str, Any], debates: Sequence[Mapping[str, Any]]) -> str:
     """The report as HTML text; see `write_report`."""
     words.check(results)
+    script = (_HERE / "script.html.j2").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    packed, shown = transcripts.pack(results, debates)
+    config = results["run"].get("config")
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            results=_OPTIONAL | dict(results),
+            style=Markup((_HERE / "style.html.j2").read_text(encoding="utf-8")),
+            script=Markup(script),
+            script_hash=digest,
+            transcripts=Markup(packed),
+            shown=shown,
+            total=len(debates),
+            results_link=link("application/json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True)),
+            config=text,
+            config_link=link("application/yaml", text),
+            headline=words.headline(results),
+            found=attribution(results),
+            scale=scale(results.get("differences") or []),
+            funnels=[_funnel(results, name, filters) for name, filters in (results.get("counts") or {}).items()],
+            flips=[_flip_matrix(entry) for entry in (results.get("debate") or {}).get("flips") or []],
+            told=_telemetry(results),
+            seeds=_per_seed(results),
+            sheets=_sheets(results),
+            **_plots(results),
+        )
+    )
+
+
+@functools.cache
+def _templates() -> Environment:
+    """Templates that escape what they show."""
     environment = Environment(
         loader=FileSystemLoader(_HERE, encoding="utf-8"),
         autoescape=True,
@@ -56,32 +92,7 @@ def render(results: Mapping[str, Any], debates: Sequence[Mapping[str, Any]]) -> 
         finalize=lambda value: value if isinstance(value, Markup) or not isinstance(value, str) else words.clean(value),
     )
     environment.globals |= {"w": words}
-    script = (_HERE / "script.html.j2").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    packed, shown = transcripts.pack(results, debates)
-    config = results["run"].get("config")
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else ""
-    return environment.get_template("report.html.j2").render(
-        results=_OPTIONAL | dict(results),
-        style=Markup((_HERE / "style.html.j2").read_text(encoding="utf-8")),
-        script=Markup(script),
-        script_hash=digest,
-        transcripts=Markup(packed),
-        shown=shown,
-        total=len(debates),
-        results_link=link("application/json", json.dumps(results, indent=1, ensure_ascii=False, sort_keys=True)),
-        config=text,
-        config_link=link("application/yaml", text),
-        headline=words.headline(results),
-        found=attribution(results),
-        scale=scale(results.get("differences") or []),
-        funnels=[_funnel(results, name, filters) for name, filters in (results.get("counts") or {}).items()],
-        flips=[_flip_matrix(entry) for entry in (results.get("debate") or {}).get("flips") or []],
-        told=_telemetry(results),
-        seeds=_per_seed(results),
-        sheets=_sheets(results),
-        **_plots(results),
-    )
+    return environment
 
 
 def _sheets(results: Mapping[str, Any]) -> dict[str, Any]:

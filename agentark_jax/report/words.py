@@ -52,10 +52,12 @@ def percent(value: Any, digits: int = 1) -> str:
 
 
 def points(value: Any) -> str:
-    """A difference of shares in percentage points with its sign: 0.042 → +4.2."""
+    """A difference of shares in percentage points with its sign, but of zero: 0.042 → +4.2."""
     if not known(value):
         return NONE
     text = number(100 * value, 1)
+    if text in ("0.0", "−0.0"):
+        return "0.0"
     return text if text.startswith("−") else f"+{text}"
 
 
