@@ -235,6 +235,7 @@ def test_differences_lie_on_a_round_axis_with_seeds_and_a_band_of_what_is_too_sm
     assert 'class="reach" style="left:23.75%;right:23.75%"' in shown
     assert '<b style="left:70.75%">' in shown
     assert 'class="seed" style="left:62.50%"' in shown
+    assert "The axis goes from −20 to +20 points." in shown  # for phones, where the table has no head
     assert scale([]) == 0.02
     assert scale([{"low": -0.04, "high": None, "per_seed": [0.07]}]) == 0.1
     assert scale([{"low": -3.0, "high": 3.0}]) == 1.0
