@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from agentark_jax.evaluation.predictions import predict, save_predictions
 from agentark_jax.generation import Asked, Generation, Seat
+from agentark_jax.outcome import KEYS, PREDICTIONS
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.protocols.debate import debate
@@ -21,8 +22,6 @@ from agentark_jax.protocols.single import answer
 from agentark_jax.protocols.table import Pool, Result
 from agentark_jax.records import Label, Question, Turn
 from agentark_jax.stages import Work
-
-PREDICTIONS, KEYS = "predictions.jsonl", "keys.json"
 
 
 def ask_alone(

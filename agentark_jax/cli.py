@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from agentark_jax.errors import AgentArkError, UsageError
@@ -91,6 +92,15 @@ done is reused; interrupt or kill it at any moment and start it again.
   agentark evaluate --model DIR --engine.servers "[http://host:30000]" --accuracy.samples 16 --name dir
 """
 
+REPORT_DESCRIPTION = """\
+Write results.json, report.html and summary.md of a finished run again, from what its directory holds: configuration,
+manifests, predictions and the trace store. Nothing is generated, trained or computed on a device; models and data may
+be gone and the directory may have moved. Every file read is checked against its manifest, and one that was changed is
+named.
+
+  agentark report runs/quickstart
+"""
+
 USAGE = f"""\
 usage: agentark <command> [options]
 
@@ -103,6 +113,7 @@ commands:
   attribute  a whole run, by many workers where that is wanted: `--workers N` on this machine, or `--shard I/N` for
              worker I of N on any that see the run directory
   evaluate   any model on any task: accuracy, votes, debates, self-correction, with intervals
+  report     results.json, report.html and summary.md of a finished run, from what its directory holds
   traces     a run's trace store: what was said and what it cost; export, merge, verify
   prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
              of step labels agree
@@ -135,6 +146,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _fit(rest)
         if command == "evaluate":
             return _evaluate(rest)
+        if command == "report":
+            return _report(rest)
         if command == "traces":
             from agentark_jax.traces_cli import traces
 
@@ -285,6 +298,24 @@ def _evaluate(arguments: Sequence[str]) -> int:
     from agentark_jax.evaluate import evaluate
 
     evaluate(resolved, update=update)
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "agentark report",
+        description=REPORT_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("directory", metavar="RUN_DIR", type=Path)
+    options, rest = _known(parser, arguments)
+    if rest:
+        raise UsageError(f"unknown argument {rest[0]!r}. `agentark report --help` explains what there is.")
+    from agentark_jax import experiment
+
+    experiment.report(options.directory)
     return 0
 
 

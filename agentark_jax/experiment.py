@@ -1,6 +1,7 @@
 """`agentark run` and its parts: every seed's pipeline, then the report on them; and one worker's share of a debate.
 
-What workers made of the arms (`workers`) is gathered first.
+What workers made of the arms (`workers`) is gathered first. `report` writes that report again, from what is in the
+run's directory.
 """
 
 import json
@@ -15,16 +16,19 @@ from typing import Any
 
 from rich.console import Console
 
+from agentark_jax import config as configuration
 from agentark_jax.config import RunConfig
-from agentark_jax.directory import announcer, check_same_config, keep_config
+from agentark_jax.directory import CONFIG, announcer, check_same_config, keep_config
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.telemetry import telemetry
 from agentark_jax.files import write_json, write_text
 from agentark_jax.models.weights import replaced_directory
-from agentark_jax.pipeline import EVERYTHING, SHARDS, STUDENT, Outcome, Pipeline
+from agentark_jax.outcome import STORE, Outcome, load_outcome, save_stages
+from agentark_jax.pipeline import EVERYTHING, SHARDS, STUDENT, Pipeline
 from agentark_jax.progress import Display
 from agentark_jax.report.card import model_card
 from agentark_jax.report.page import write_report
+from agentark_jax.report.summary import run_summary
 from agentark_jax.report.terminal import summary_table
 from agentark_jax.results import Transcripts, build_results
 from agentark_jax.stages import Manifest, Run, locked
@@ -50,7 +54,7 @@ def run(config: RunConfig, *, update: bool, until: str = EVERYTHING) -> None:
         keep_config(config, update=update)
         runs = [_run_seed(config, seed, display, until) for seed in config.seeds]
         outcomes = [outcome for _, outcome in runs if outcome is not None]
-        results = _report(config, outcomes) if outcomes else None
+        results = _report(config, outcomes, config.directory) if outcomes else None
         if outcomes:
             _clear_away(config)
     if results is not None:
@@ -65,6 +69,23 @@ def run(config: RunConfig, *, update: bool, until: str = EVERYTHING) -> None:
     if outcomes:
         models = ", ".join(str(outcome.directory / "model") for outcome in outcomes)
         display.say(f"Report: {config.directory / 'report.html'}   Model: {models}")
+
+
+def report(directory: Path) -> None:
+    """Write a finished run's results, report and summary again, from its configuration, manifests and store alone.
+
+    No model, no task and no device is needed. Raises as `load_outcome`, and UsageError where no run is there.
+    """
+    path = directory / CONFIG
+    if not path.exists():
+        raise UsageError(f"{path}: missing. Give the directory of a finished run, <root>/<name>.")
+    config, _ = configuration.parse(["--config", str(path)], "agentark report", "")
+    with locked(directory, ("RUN_DIR", "RUN_DIR")):
+        outcomes = [load_outcome(seed, seed_directory(config, seed, directory)) for seed in config.seeds]
+        results = _report(config, outcomes, directory)
+    display = Display(Console())
+    display.console.print(summary_table(results))
+    display.say(f"Report: {directory / 'report.html'}")
 
 
 def debate_shard(config: RunConfig, shard: int, shards: int) -> None:
@@ -84,7 +105,7 @@ def debate_shard(config: RunConfig, shard: int, shards: int) -> None:
     for seed in config.seeds:
         whole = seed_directory(config, seed)
         directory = whole / SHARDS / f"{shard}-of-{shards}"
-        with locked(directory), TraceStore(directory / "traces.sqlite") as store:
+        with locked(directory), TraceStore(directory / STORE) as store:
             pipeline = Pipeline(config, seed, Run(directory, on_stage=announcer(display)), store, display)
             pipeline.debate_shard(whole, shard, shards)
 
@@ -125,8 +146,10 @@ def _clear_away(config: RunConfig) -> None:
             shutil.rmtree(worker)
 
 
-def seed_directory(config: RunConfig, seed: int) -> Path:
-    return config.directory if len(config.seeds) == 1 else config.directory / f"seed-{seed}"
+def seed_directory(config: RunConfig, seed: int, directory: Path | None = None) -> Path:
+    """Where a seed's stages are; `directory`: where the run is, if not where its configuration says."""
+    whole = directory or config.directory
+    return whole if len(config.seeds) == 1 else whole / f"seed-{seed}"
 
 
 def _run_seed(config: RunConfig, seed: int, display: Display, until: str) -> tuple[list[Manifest], Outcome | None]:
@@ -134,39 +157,40 @@ def _run_seed(config: RunConfig, seed: int, display: Display, until: str) -> tup
     directory.mkdir(exist_ok=True)
     if len(config.seeds) > 1:
         display.say(f"[bold]seed {seed}[/bold]")
-    with TraceStore(directory / "traces.sqlite") as store:
+    with TraceStore(directory / STORE) as store:
         run = Run(directory, on_stage=announcer(display), left=_gathered(directory, store, display))
         outcome = Pipeline(config, seed, run, store, display)(until)
     if outcome is not None:
+        save_stages(directory, run.manifests)
         _publish_model(outcome, build_results(replace(config, seeds=[seed]), [outcome]))
     return run.manifests, outcome
 
 
-def _report(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Write `results.json` and `report.html`; the results that they state.
+def _report(config: RunConfig, outcomes: Sequence[Outcome], directory: Path) -> dict[str, Any]:
+    """Write `results.json`, `report.html` and `summary.md`; the results that they state.
 
-    While no stage is redone the figures are those of the run that made them, so that a look at a finished run does not
-    rewrite how long it took, or by which revision it was made.
+    While no stage is redone the times are those of the run that made them, so that a look at a finished run does not
+    rewrite how long it took.
     """
     results = build_results(config, outcomes)
     results["telemetry"] = _telemetry(config, outcomes)
-    path = config.directory / "results.json"
+    path = directory / "results.json"
     if path.exists() and all(manifest.reused for outcome in outcomes for manifest in outcome.manifests):
         try:
-            before = json.loads(path.read_text())
-            results["timing"], results["run"]["git"] = before["timing"], before["run"]["git"]
+            results["timing"] = json.loads(path.read_text())["timing"]
         except (ValueError, KeyError, TypeError) as error:
             raise AgentArkError(f"{path}: damaged ({error}). Delete it and run again.") from error
     write_json(path, results)
-    with TraceStore(outcomes[0].directory / "traces.sqlite", read_only=True) as store:
-        write_report(config.directory / "report.html", results, Transcripts(outcomes[0], store.texts))
+    write_text(directory / "summary.md", run_summary(results))
+    with TraceStore(outcomes[0].directory / STORE, read_only=True) as store:
+        write_report(directory / "report.html", results, Transcripts(outcomes[0], store.texts))
     return results
 
 
 def _telemetry(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     seeds = []
     for outcome in outcomes:
-        with TraceStore(outcome.directory / "traces.sqlite", read_only=True) as store:
+        with TraceStore(outcome.directory / STORE, read_only=True) as store:
             seeds.append((outcome.debated, store.parents(turn.key for turn in outcome.debated)))
     return telemetry(seeds, level=config.evaluate.level)
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from agentark_jax.arms import ARMS, STUDENT, Arm, Judged, Source, data_of, start_of
-from agentark_jax.asking import PREDICTIONS, ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
+from agentark_jax.asking import ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
 from agentark_jax.cast import Agents, Cast, identity, model_directory, size
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
@@ -33,13 +33,14 @@ from agentark_jax.data.render import (
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answer, weigh
 from agentark_jax.errors import AgentArkError, UsageError
-from agentark_jax.evaluation.predictions import Prediction, load_predictions
+from agentark_jax.evaluation.predictions import load_predictions
 from agentark_jax.files import write_json
 from agentark_jax.generation import Asked, Generation, Model, Seat
 from agentark_jax.models import transformer, weights
-from agentark_jax.models.config import ModelConfig, load_config
+from agentark_jax.models.config import load_config
 from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.source import SCRATCH
+from agentark_jax.outcome import KEYS, PREDICTIONS, QUESTIONS, Evaluated, Outcome, outcome_of
 from agentark_jax.policy import PolicySampler
 from agentark_jax.process import LABELS, deal_labels, evaluate_prm, label_steps, step_examples, train_prm
 from agentark_jax.progress import Display
@@ -47,7 +48,7 @@ from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.debate import longest_dialogue
 from agentark_jax.protocols.methods import Settings
 from agentark_jax.protocols.single import answer, explain
-from agentark_jax.records import DEBATE, DEBATER, Example, Grade, Label, Question, Turn, stable_hash
+from agentark_jax.records import DEBATE, Example, Grade, Label, Question, Turn, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, read_manifest
 from agentark_jax.tasks.items import answered
 from agentark_jax.tasks.overlap import overlaps
@@ -75,31 +76,6 @@ WARM_START, GREEDY, ONCE, SAMPLED = "warm_start", "single_greedy", "single_once"
 # What a run can stop after; each part needs the ones before it.
 PARTS = WARM_UP, DEBATE_PART, SELECT, FIT, EVERYTHING = "warm-start", "debate", "select", "fit", "everything"
 SHARDS = "shards"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One arm's predictions on the held-out questions."""
-
-    arm: str
-    manifest: Manifest
-    predictions: list[Prediction]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Everything one seed's run came to; what the report is made from."""
-
-    seed: int
-    directory: Path
-    model_config: ModelConfig
-    questions: dict[str, list[Question]]
-    manifests: list[Manifest]
-    evaluated: dict[str, Evaluated]
-    debated: list[labelling.LabelledTurn]
-    evaluated_debate: list[labelling.LabelledTurn]
-    evaluated_vote: list[labelling.LabelledTurn]
-    judged: dict[str, Manifest]
 
 
 @dataclass(frozen=True)
@@ -154,19 +130,8 @@ class Pipeline:
         if until == FIT:
             return None
         evaluated = self.evaluate(agents, form, students, common.drawn, questions["held_out"])
-        judged = self.evaluate_judges(common, evaluated)
-        return Outcome(
-            self.seed,
-            self.run.directory,
-            load_config(model_directory(agents.base)),
-            questions,
-            list(self.run.manifests),
-            evaluated,
-            [turn for turn in common.spoken["debate"][1] if turn.role == DEBATER],
-            self._said_in(evaluated["debate"].manifest, DEBATER),
-            self._said_in(evaluated["vote"].manifest),
-            judged,
-        )
+        self.evaluate_judges(common, evaluated)
+        return outcome_of(self.seed, self.run.directory, self.run.manifests, self.store)
 
     def make_common(self) -> Common:
         """All that does not depend on an arm: what arms are made from, and what base and judges are worth."""
@@ -309,7 +274,7 @@ class Pipeline:
                 raise AgentArkError("a question is in two splits: training and evaluation would not be apart.")
             self.store.put_questions(everything)
             lines = [json.dumps(asdict(question), ensure_ascii=False) + "\n" for question in everything]
-            (work.directory / "questions.jsonl").write_text("".join(lines))
+            (work.directory / QUESTIONS).write_text("".join(lines))
             counts = {split: len(questions) for split, questions in splits.items()}
             work.counts = {**counts, "overlaps_dropped": dropped, "read": dict(self.task.counts), "hashes": hashes}
 
@@ -523,7 +488,7 @@ class Pipeline:
 
         def build(work: Work) -> None:
             verify(work, answers, self.store, generation=self.generation, seat=seat, display=self.display)
-            (work.directory / "keys.json").write_text(json.dumps(keys))
+            (work.directory / KEYS).write_text(json.dumps(keys))
 
         stage = self.run.produce(
             "verdicts",
@@ -1091,9 +1056,9 @@ class Pipeline:
     def _grader(self, final: str = "") -> str:
         return f"{self.task.grader_id} after {final!r}" if final else self.task.grader_id
 
-    def _said_in(self, stage: Manifest, role: str | None = None) -> list[labelling.LabelledTurn]:
-        """The turns that a stage lists, with their labels; of one role, or of all."""
-        return labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage), role=role)
+    def _said_in(self, stage: Manifest) -> list[labelling.LabelledTurn]:
+        """The turns that a stage lists, with their labels."""
+        return labelling.labelled_turns(self.store, self.task.grader_id, keys=_keys(stage))
 
     def _sampled(self, stage: Manifest) -> dict[str, dict[str, list[int]]]:
         """What the turns of a stage said, by question and key, as ids, in the order in which the stage lists them."""
@@ -1128,7 +1093,7 @@ def _shares(name: str, spent: Mapping[str, float]) -> str:
 
 
 def _keys(stage: Manifest) -> list[str]:
-    keys: list[str] = json.loads((stage.directory / "keys.json").read_text())
+    keys: list[str] = json.loads((stage.directory / KEYS).read_text())
     return keys
 
 

@@ -14,10 +14,11 @@ from agentark_jax.config import RunConfig
 from agentark_jax.evaluation import attribution, summary
 from agentark_jax.evaluation.attribution import SeedRun
 from agentark_jax.evaluation.predictions import Prediction
-from agentark_jax.pipeline import Outcome, share_name
+from agentark_jax.outcome import Outcome
+from agentark_jax.pipeline import share_name
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.records import Question, stable_hash
-from agentark_jax.stages import Manifest, git_revision, package_versions
+from agentark_jax.stages import Manifest
 from agentark_jax.traces.labels import LabelledTurn, Majority, majorities
 
 SCHEMA = 1
@@ -43,6 +44,7 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
     arms["vote"]["oracle"] = summary.oracle_figures([outcome.evaluated_vote for outcome in outcomes], level=level)
     arms["debate"]["oracle"] = summary.oracle_figures([outcome.evaluated_debate for outcome in outcomes], level=level)
     reference = arms["base"]["tokens_per_question"]["total"]
+    made = first.manifests[-1]  # by what made the last of it, not by what writes it down again
     for each in arms.values():
         each["cost_ratio"] = each["tokens_per_question"]["total"] / reference
     return {
@@ -50,9 +52,9 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
         "run": {
             "name": config.name,
             "seeds": list(config.seeds),
-            "git": git_revision(),
+            "git": made.git,
             "fingerprint": stable_hash(_identity(config)),
-            "versions": package_versions(),
+            "versions": dict(made.versions),
             "command": f"python -m agentark_jax.train --config {config.directory / 'config.yaml'}",
             "config": _identity(config),
         },

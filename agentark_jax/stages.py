@@ -27,6 +27,7 @@ from agentark_jax.records import stable_hash
 
 MANIFEST = "manifest.json"
 BEGUN = "begun.json"
+_MODELS = frozenset(("model", "adapter"))  # folders that hold one
 _HASHED_BYTES = 16 * 2**20
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "tokenizers", "safetensors")
 
@@ -219,8 +220,11 @@ def _owner(file: Path) -> str:
         return "another process"
 
 
-def read_manifest(directory: Path) -> Manifest | None:
-    """The manifest of a finished stage, checked against its files; None where the stage is not finished."""
+def read_manifest(directory: Path, *, models: bool = True) -> Manifest | None:
+    """The manifest of a finished stage, checked against its files; None where the stage is not finished.
+
+    Without `models` those of its files that are a model's need not be there any more.
+    """
     path = directory / MANIFEST
     if not path.exists():
         return None
@@ -234,6 +238,8 @@ def read_manifest(directory: Path) -> Manifest | None:
     for artefact in manifest.artefacts:
         file = directory / artefact.path
         if not file.exists():
+            if not models and _MODELS.intersection(file.relative_to(directory).parts):
+                continue
             raise AgentArkError(f"{file}: missing, though {path} lists it. {fix}")
         if file.stat().st_size != artefact.bytes or (artefact.sha256 and _sha256(file) != artefact.sha256):
             raise AgentArkError(f"{file}: changed since {path} was written. {fix}")

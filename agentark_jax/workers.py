@@ -20,6 +20,7 @@ from agentark_jax.config import RunConfig
 from agentark_jax.directory import announcer, keep_config
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.experiment import idle_workers, seed_directory, worker_directory
+from agentark_jax.outcome import STORE
 from agentark_jax.pipeline import SHARDS, Common, Pipeline, students_of
 from agentark_jax.progress import Display
 from agentark_jax.stages import Manifest, Run, locked
@@ -55,7 +56,7 @@ def make_share(config: RunConfig, shard: int, shards: int) -> None:
             own.mkdir(parents=True, exist_ok=True)
             with (
                 TraceStore(own / "traces.sqlite") as store,
-                TraceStore(directory / "traces.sqlite", read_only=True) as heard,
+                TraceStore(directory / STORE, read_only=True) as heard,
             ):
                 run = Run(own, on_stage=_news(display), lent=[directory])
                 Pipeline(config, seed, run, store, display, heard).make_arms(common, mine)
@@ -71,7 +72,7 @@ def _make_common(config: RunConfig, seed: int, display: Display) -> Common:
 
     with (
         locked(directory / SHARDS, patience=_FOREVER, on_wait=waiting),
-        TraceStore(directory / "traces.sqlite") as store,
+        TraceStore(directory / STORE) as store,
     ):
         return Pipeline(config, seed, Run(directory, on_stage=_news(display)), store, display).make_common()
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import real_server
 
+from agentark_jax.cli import main
 from agentark_jax.evaluation.statistics import holm
 from agentark_jax.models.weights import weights_fingerprint
 from agentark_jax.traces.rows import canonical_record
@@ -69,7 +70,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_everything_behind(finished):
-    for name in ("config.yaml", "traces.sqlite", "results.json", "report.html"):
+    for name in ("config.yaml", "traces.sqlite", "stages.json", "results.json", "report.html", "summary.md"):
         assert (finished / name).stat().st_size > 0
     for name in ("config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "README.md"):
         assert (finished / "model" / name).exists()
@@ -449,3 +450,59 @@ def test_an_agent_behind_an_openai_endpoint(finished, tmp_path):
     assert {turn.call.weights for turn in turns if turn.call.agent == 1} == {f"openai:{model}"}
     results = json.loads((tmp_path / "tiny" / "results.json").read_text())
     assert results["training"]["student"]["examples"] > 0
+
+
+def moved(finished: Path, tmp_path: Path) -> Path:
+    """A finished run at another place, of which only what was said and measured is left."""
+    directory = tmp_path / "elsewhere"
+    shutil.copytree(finished, directory)
+    for name in ("results.json", "report.html", "summary.md"):
+        (directory / name).unlink()
+    for model in [path for path in directory.rglob("model") if path.is_dir()]:
+        shutil.rmtree(model)
+    assert not list(directory.rglob("*.safetensors"))
+    return directory
+
+
+def test_results_are_written_again_from_what_the_run_left(finished, tmp_path, monkeypatch):
+    directory = moved(finished, tmp_path)
+    monkeypatch.setattr("agentark_jax.experiment.Pipeline", None)
+    # A stage that the run's configuration no longer has is no part of its results.
+    shutil.copytree(directory / "evaluate_control", directory / "evaluate_gold")
+    assert main(["report", str(directory)]) == 0
+    assert without_timing(directory) == without_timing(finished)
+    assert (directory / "summary.md").read_bytes() == (finished / "summary.md").read_bytes()
+    assert (directory / "report.html").stat().st_size > 0
+    first = (directory / "results.json").read_bytes()
+    assert main(["report", str(directory)]) == 0
+    assert (directory / "results.json").read_bytes() == first
+
+
+def test_a_changed_prediction_is_named(finished, tmp_path, capsys):
+    directory = moved(finished, tmp_path)
+    path = directory / "evaluate_student" / "predictions.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    lines[5] = lines[5].replace('"agreement": 1.0', '"agreement": 0.9')
+    path.write_text("".join(lines))
+    assert main(["report", str(directory)]) == 1
+    assert f"{path}: changed since" in capsys.readouterr().err
+    assert not (directory / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "complaint"),
+    [
+        ("stages.json", None, "this run did not finish"),
+        ("stages.json", "[]", "stages.json: damaged"),
+        ("select/manifest.json", None, "select: this stage is not finished"),
+        ("config.yaml", None, "config.yaml: missing. Give the directory of a finished run"),
+    ],
+)
+def test_a_run_that_is_not_whole_has_no_report(finished, tmp_path, capsys, file, content, complaint):
+    directory = moved(finished, tmp_path)
+    if content is None:
+        (directory / file).unlink()
+    else:
+        (directory / file).write_text(content)
+    assert main(["report", str(directory)]) in (1, 2)
+    assert complaint in capsys.readouterr().err

@@ -347,7 +347,7 @@ def _paid_off(row: Mapping[str, Any]) -> str:
         text = f"pays for its making after {row['queries']:,.0f} questions"
         text += f" ({100 * row['level']:g} % interval {row['queries_low']:,.0f} to {most})"
     right = f"accuracy {_points(row['difference'])} points, interval {_points(row['low'])} to {_points(row['high'])}"
-    return f"{label_of(row['arm'])} in the place of {row['against']}: {text}; {right}, n = {row['n']:,}"
+    return f"{label_of(row['arm'])} in the place of the base's {row['against']}: {text}; {right}, n = {row['n']:,}"
 
 
 def conclusion(contrasts: Sequence[Mapping[str, Any]], bought: Sequence[Mapping[str, Any]]) -> list[str]:

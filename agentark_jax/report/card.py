@@ -1,12 +1,11 @@
 """The model card (README.md, Markdown) that goes with an exported model."""
 
-import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.report import words
+from agentark_jax.report.markdown import code, text
 
 
 def model_card(results: Mapping[str, Any], arm: str) -> str:
@@ -18,7 +17,7 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
     if arm not in results["arms"]:
         raise AgentArkError(f"results.json: no arm {arm!r}; there are {', '.join(sorted(results['arms']))}")
     run, model, task = results["run"], results["model"], results["task"]
-    label = _text(words.arm_label(results, arm))
+    label = text(words.arm_label(results, arm))
     lines = [
         "---",
         "library_name: transformers",
@@ -26,11 +25,11 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
         "tags: [agentark, distillation, multi-agent-debate]",
         "---",
         "",
-        f"# {_text(run['name'])}: {label}",
+        f"# {text(run['name'])}: {label}",
         "",
-        _text(results["arms"][arm].get("description") or ""),
+        text(results["arms"][arm].get("description") or ""),
         "",
-        f"Made from {_text(model['name'])} ({_text(model['source'])}, {words.size(model['parameters'])} parameters) "
+        f"Made from {text(model['name'])} ({text(model['source'])}, {words.size(model['parameters'])} parameters) "
         "by distilling multi-agent debate into one model (AgentArk, arXiv 2602.03955).",
         "",
         "## Use",
@@ -46,16 +45,16 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
         *_results(results, arm),
         "## Limits",
         "",
-        f"Measured on the task {_text(task['name'])} only; nothing is known about other tasks, languages or safety. "
+        f"Measured on the task {text(task['name'])} only; nothing is known about other tasks, languages or safety. "
         "The licence of the base model applies to these weights.",
         "",
         "## Provenance",
         "",
-        f"- command: {_code(run['command'])}",
-        f"- fingerprint: {_code(run['fingerprint'])}",
-        f"- git revision: {_code(run['git']) if run.get('git') else 'not recorded'}",
+        f"- command: {code(run['command'])}",
+        f"- fingerprint: {code(run['fingerprint'])}",
+        f"- git revision: {code(run['git']) if run.get('git') else 'not recorded'}",
         f"- seeds: {', '.join(str(seed) for seed in run['seeds'])}",
-        f"- versions: {_text(', '.join(f'{name} {version}' for name, version in sorted(run['versions'].items())))}",
+        f"- versions: {text(', '.join(f'{name} {version}' for name, version in sorted(run['versions'].items())))}",
         "",
     ]
     return "\n".join(lines)
@@ -78,25 +77,13 @@ def _results(results: Mapping[str, Any], arm: str) -> list[str]:
     lines = ["## Results", "", "95 % intervals: Wilson for accuracies, paired for differences.", ""]
     lines += ["| arm | accuracy % | n | tokens per question | cost |", "|---|---:|---:|---:|---:|"]
     for name, row in results["arms"].items():
-        label = _text(words.arm_label(results, name))
+        label = text(words.arm_label(results, name))
         lines.append(
             f"| {f'**{label}**' if name == arm else label} "
-            f"| {words.percent(row['accuracy'])} {_text(words.interval(row['low'], row['high']))} | {row['n']:,} "
+            f"| {words.percent(row['accuracy'])} {text(words.interval(row['low'], row['high']))} | {row['n']:,} "
             f"| {words.number(row['tokens_per_question']['total'])} | {words.number(row['cost_ratio'], 2)}× |"
         )
     lines.append("")
     own = [item for item in results.get("differences") or [] if arm in (item["a"], item["b"])]
-    lines += [f"- {_text(item.get('sentence') or words.finding(results, item))}" for item in own]
+    lines += [f"- {text(item.get('sentence') or words.finding(results, item))}" for item in own]
     return [*lines, ""] if own else lines
-
-
-def _text(value: Any) -> str:
-    """One line of Markdown in which nothing is markup."""
-    line = " ".join(words.clean(value).split())
-    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)
-
-
-def _code(value: Any) -> str:
-    """Inline code; a value with a backtick becomes a JSON string without one."""
-    line = " ".join(words.clean(value).split())
-    return f"`{line}`" if "`" not in line else f"`{json.dumps(line).replace('`', chr(92) + 'u0060')}`"

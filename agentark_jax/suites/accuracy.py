@@ -12,13 +12,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agentark_jax.asking import PREDICTIONS, ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
+from agentark_jax.asking import ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
 from agentark_jax.config import as_dict
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.attempts import by_question, counts_of, majority_figures, pass_figures, voted
 from agentark_jax.evaluation.config import AccuracyConfig
 from agentark_jax.evaluation.predictions import Prediction, load_predictions, predict, save_predictions
 from agentark_jax.generation import Asked
+from agentark_jax.outcome import PREDICTIONS
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.debate import longest_prompt
 from agentark_jax.records import DEBATE
