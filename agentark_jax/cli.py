@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,25 @@ named.
   agentark report runs/quickstart
 """
 
+SWEEP_DESCRIPTION = """\
+Run every cell of a grid of configurations, each an ordinary run in <root>/<sweep>/<cell>, or make a table of what they
+came to, in Markdown and CSV, beside them. The file has `base`, a list of configuration files; `common`, keys and values
+that all cells have; `axes`, which give labels to keys and values; and maybe `only` and `leave_out`, filters such as
+{teacher: qwen3_32b, agents: [a5, a10]}.
+
+Cells that are done are left alone, one that fails does not stop the others. Options that are not the sweep's are those
+of all its runs.
+
+--shard I/N runs the cells of worker I (from 0) of N. --dry-run lists all cells, and whether they are done.
+--table accuracy, or difference (paired, to the base), takes axes for --rows and --columns, `arm` among them, and
+--where AXIS=LABEL,... for a part of the cells.
+
+  agentark sweep --config configs/paper_grid.yaml --dry-run
+  agentark sweep --config configs/paper_grid.yaml --shard 0/8
+  agentark sweep --config configs/paper_grid.yaml --table accuracy --rows student,teacher,arm --columns test,train \\
+      --where study=main
+"""
+
 USAGE = f"""\
 usage: agentark <command> [options]
 
@@ -114,6 +134,7 @@ commands:
              worker I of N on any that see the run directory
   evaluate   any model on any task: accuracy, votes, debates, self-correction, with intervals
   report     results.json, report.html and summary.md of a finished run, from what its directory holds
+  sweep      a grid of configurations: its runs, and tables of what they came to
   traces     a run's trace store: what was said and what it cost; export, merge, verify
   prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
              of step labels agree
@@ -148,6 +169,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _evaluate(rest)
         if command == "report":
             return _report(rest)
+        if command == "sweep":
+            return _sweep(rest)
         if command == "traces":
             from agentark_jax.traces_cli import traces
 
@@ -317,6 +340,62 @@ def _report(arguments: Sequence[str]) -> int:
 
     experiment.report(options.directory)
     return 0
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "agentark sweep",
+        description=SWEEP_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--name")
+    parser.add_argument("--root")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--shard", metavar="I/N", default="0/1")
+    parser.add_argument("--table", choices=("accuracy", "difference"))
+    parser.add_argument("--rows", metavar="AXIS,...", type=_listed, default=[])
+    parser.add_argument("--columns", metavar="AXIS,...", type=_listed, default=[])
+    parser.add_argument("--where", metavar="AXIS=LABEL,...", action="append", default=[])
+    options, rest = _known(parser, arguments)
+    from agentark_jax import sweep
+
+    changes = {key: value for key in ("name", "root") if (value := getattr(options, key)) is not None}
+    found = sweep.load_sweep(options.config, rest, **changes)
+    where = {}
+    for each in options.where:
+        axis, equals, labels = each.partition("=")
+        if not equals:
+            raise UsageError(f"--where is {each!r}: give AXIS=LABEL, or several labels with commas between them.")
+        where[axis] = _listed(labels)
+    if options.dry_run:
+        cells = list(found.grid.cells())
+        for cell in cells:
+            print(f"{found.state(cell):6} {cell.name}")
+        print(f"{sum(found.state(cell) == 'done' for cell in cells)} of {len(cells)} cells are done.")
+        return 0
+    if options.table:
+        print("\n".join(sweep.write_table(found, options.table, options.rows, options.columns, where)))
+        return 0
+    shard, shards = _shard(options.shard)
+    failed = sweep.run_cells(found, shard, shards, partial(print, flush=True), sweep.run_process)
+    if failed:
+        raise AgentArkError(f"{len(failed)} cells failed, see above: {', '.join(failed)}. This command goes on.")
+    return 0
+
+
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """I/N as numbers."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise UsageError(f"--shard is {text!r}: give I/N, a worker from 0 to N - 1 and how many there are.")
+    return int(found[1]), int(found[2])
 
 
 def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

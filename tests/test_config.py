@@ -17,7 +17,8 @@ from agentark_jax.tasks.config import FieldsConfig, GymConfig, HubConfig
 ROOT = Path(__file__).parent.parent
 # They are given after another config.
 LORA, ARMS = ROOT / "configs" / "lora.yaml", ROOT / "configs" / "arms.yaml"
-CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {LORA, ARMS})
+SWEEP = ROOT / "configs" / "paper_grid.yaml"
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - {LORA, ARMS, SWEEP})
 
 
 def parse(*arguments: str) -> config.RunConfig:

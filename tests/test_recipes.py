@@ -12,7 +12,7 @@ from agentark_jax.models.published import describe
 from benchmarks import dry_runs
 from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
 
-NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", "attribution_lab", LORA.stem}
+NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", "attribution_lab", "paper_grid", LORA.stem}
 PAD = [
     *sorted(path.stem for path in CONFIGS.glob("pad_*.yaml") if path.stem != "pad_lab"),
     "attribution_gemma3_270m",
