@@ -17,6 +17,8 @@ from rich.console import Console
 from scripted import Killed, ScriptedEngine
 
 from agentark_jax import config
+from agentark_jax.data.chat import make_format
+from agentark_jax.data.config import PromptConfig
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.rubric import AXES
 from agentark_jax.evaluation.suite_config import (
@@ -64,20 +66,22 @@ class ScriptedGeneration(Generation):
 
 @pytest.fixture
 def bench(form, tmp_path):
-    """A function that makes a bench: of a task, how many of its questions, and a script."""
+    """A function that makes a bench: of a task, how many of its questions, and a script. Its last one is closed."""
     stores = []
 
-    def make(script, task=None, questions=8, positions=4096, **engine):
+    def make(script, task=None, questions=8, positions=4096, asked_in=form, **engine):
         task = task or TaskConfig()
+        while stores:
+            stores.pop().close()
         settings = config.EvaluateRun(model="m", task=task, questions=questions, max_tokens=64)
         source = make_task(task, {"held_out": questions})
         asked = source.questions("held_out", questions)
         store, display = TraceStore(tmp_path / "traces.sqlite"), Display(Console(file=StringIO()))
         stores.append(store)
         store.put_questions(asked)
-        model = Model("m", tmp_path, "r", SimpleNamespace(max_positions=positions), form)
+        model = Model("m", tmp_path, "r", SimpleNamespace(max_positions=positions, vocab_size=400), asked_in)
         generation = ScriptedGeneration(settings.engine, store, display, seed=0)
-        generation.scripted = ScoringEngine(form, script, **engine)
+        generation.scripted = ScoringEngine(asked_in, script, **engine)
         return Bench(settings, Run(tmp_path / "run"), store, display, generation, source, asked, model, Seat(model, ()))
 
     yield make
@@ -279,13 +283,16 @@ def judging(prompt: str, sampling) -> str:
 @pytest.mark.slow
 def test_judges_mark_each_axis_and_go_on_where_they_were(bench, judges):
     settings = QualityConfig([JudgeConfig(str(directory)) for directory in judges], questions=3)
-    killed = bench(judging, questions=4, kill_at=3 + 12 + 5)
+    theirs = make_format(judges[0], PromptConfig())
+    killed = bench(judging, questions=4, asked_in=theirs, kill_at=3 + 12 + 5)
     with pytest.raises(Killed):
         quality.measure(killed, settings)
-    made = bench(judging, questions=4)
+    known = (killed.run.directory / "quality_judge_2" / "marks.jsonl").read_text().count("\n")
+    assert 0 < known < 12
+    made = bench(judging, questions=4, asked_in=theirs)
     figures = quality.measure(made, settings)
     # The answers and the first judge's marks are kept, and those that the second had given.
-    assert len(made.generation.scripted.prompts) == 12 - 5
+    assert len(made.generation.scripted.prompts) == 12 - known
     assert [each["mean"]["value"] for each in figures["axes"]["coherence"]] == [4, 4]
     assert [each["counts"] for each in figures["axes"]["decomposition"]] == [[0, 3, 0, 0, 0]] * 2
     assert figures["agreement"]["coherence"]["exact"] == pytest.approx(
