@@ -272,6 +272,7 @@ def _debate(arguments: Sequence[str]) -> int:
 
 
 def _shard(text: str) -> tuple[int, int]:
+    """I/N as numbers."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or int(found[1]) >= int(found[2]):
         raise UsageError(f"--shard is {text!r}: give I/N, a worker from 0 to N - 1 and how many there are.")
@@ -388,14 +389,6 @@ def _sweep(arguments: Sequence[str]) -> int:
 
 def _listed(text: str) -> list[str]:
     return text.split(",")
-
-
-def _shard(text: str) -> tuple[int, int]:
-    """I/N as numbers."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise UsageError(f"--shard is {text!r}: give I/N, a worker from 0 to N - 1 and how many there are.")
-    return int(found[1]), int(found[2])
 
 
 def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

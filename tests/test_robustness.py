@@ -110,3 +110,11 @@ def test_answers_that_cannot_be_read_choose_nothing():
     assert none["same"] is None
     assert none["bias"] is None
     assert none["shuffled"]["value"] == 0
+
+
+def test_answers_are_dealt_out_within_their_question():
+    # Who reads the choices says the same in all orders of a question, of four choices or of three.
+    four = [Chosen("b", order, 3, 3, 3) for order in ROTATIONS]
+    three = [Chosen("a", order, 1, 0, 0) for order in [(0, 1, 2), (1, 2, 0), (2, 0, 1)]]
+    found = shuffle_figures([*four, *three], level=0.95)
+    assert found["bias"]["value"] == found["bias"]["chance"] == pytest.approx(0)

@@ -66,17 +66,10 @@ def _measure(
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
-    """A row for each task, in per cent."""
+    """A column for each task, a row for each score, in per cent."""
     tasks = {name: found for name, found in figures.items() if "scores" in found}
-    columns = list(dict.fromkeys(score for found in tasks.values() for score in found["scores"]))
-    rows = [
-        (
-            name,
-            *(tabled.percent(found["scores"].get(score)) for score in columns),
-            words.number(found["n"]),
-            words.number(found["documents"]),
-            words.number(found["left_out"]),
-        )
-        for name, found in tasks.items()
-    ]
-    return [tabled.table("other tasks, %", ("task", *columns, "n", "documents", "too long"), rows)]
+    scores = dict.fromkeys(score for found in tasks.values() for score in found["scores"])
+    rows = [[score, *(tabled.percent(found["scores"].get(score)) for found in tasks.values())] for score in scores]
+    for key, name in (("n", "n"), ("documents", "documents"), ("left_out", "too long")):
+        rows.append([name, *(words.number(found[key]) for found in tasks.values())])
+    return [tabled.table("other tasks, %", ["", *tasks], rows)]

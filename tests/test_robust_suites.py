@@ -15,6 +15,7 @@ import pytest
 import real_server
 from rich.console import Console
 from scripted import Killed, ScriptedEngine
+from test_datasets import DATA
 
 from agentark_jax import config
 from agentark_jax.data.chat import make_format
@@ -36,6 +37,9 @@ from agentark_jax.stages import Run
 from agentark_jax.suites import generalisation, quality, retention, robustness, truthfulqa
 from agentark_jax.suites.bench import Bench
 from agentark_jax.tasks.config import FieldsConfig, TaskConfig
+from agentark_jax.tasks.datasets import DATASETS, load
+from agentark_jax.tasks.grading import grader
+from agentark_jax.tasks.items import Item, make_question
 from agentark_jax.tasks.task import make_task
 from agentark_jax.traces.store import TraceStore
 
@@ -191,6 +195,17 @@ def test_gsm_plus_is_paired_with_the_seed_questions(bench, tmp_path):
     assert kinds["all"]["accuracy"]["questions"] == 2
     assert figures["read"]["unanswerable_dropped"] == 1
     assert len(made.generation.scripted.prompts) == 6
+
+
+def test_real_seed_questions_of_gsm_plus_are_graded():
+    if not (DATA / "gsm_plus").is_dir():
+        pytest.skip("the real data in ../shared/data is not there")
+    items, judge = load("gsm_plus", DATASETS["gsm_plus"].test, DATA / "gsm_plus", 0).items, grader("numeric")
+    golds = {item.group: item.meta["seed_answer"] for item in items}
+    assert len(golds) > 250
+    for seed, gold in golds.items():
+        question = make_question("gsm_plus", "held_out", Item(seed, gold, ""))
+        assert judge(question, f"The answer is {gold}.").verdict == "right"
 
 
 def test_truthfulqa_weighs_answers_after_their_question(bench, tmp_path):
