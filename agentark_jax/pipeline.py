@@ -55,7 +55,7 @@ from agentark_jax.tasks.overlap import overlaps
 from agentark_jax.tasks.task import Task, make_task
 from agentark_jax.traces import exchange
 from agentark_jax.traces import labels as labelling
-from agentark_jax.traces.matching import match, within_budget
+from agentark_jax.traces.matching import check_matched, match, within_budget
 from agentark_jax.traces.selection import Selection, check_filled, load_selection, save_selection, subset
 from agentark_jax.traces.step_labels import load_step_labels
 from agentark_jax.traces.store import TraceStore
@@ -549,7 +549,10 @@ class Pipeline:
             config={"select": asdict(settings), "curve": self.config.curve, "arms": list(arms)},
             inputs={source: manifest for source, (manifest, _) in spoken.items()},
         )
-        return {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
+        selections = {name: load_selection(stage.directory / f"{name}.parquet") for name in names}
+        if controls:
+            check_matched({name: selections[name] for name in (STUDENT, *controls)}, stage.counts["matched"])
+        return selections
 
     def judged(self) -> list[Judged]:
         """What process reward models learn from."""

@@ -26,7 +26,7 @@ from agentark_jax.stages import Run, Work, read_manifest
 from agentark_jax.tasks.grading import grader
 from agentark_jax.traces.config import SelectionConfig, Variant
 from agentark_jax.traces.labels import labelled_turns
-from agentark_jax.traces.matching import within_budget
+from agentark_jax.traces.matching import check_matched, within_budget
 from agentark_jax.traces.selection import load_selection
 from agentark_jax.traces.step_labels import StepLabels, save_step_labels
 from agentark_jax.traces.store import TraceStore
@@ -59,7 +59,12 @@ def test_every_variant_is_an_arm_with_words_of_its_own():
     assert len({label_of(name) for name in arms.ARMS}) == len(arms.ARMS)
     reinforced = {"pad", "pad_samples", "pad_outcome", "pad_random", "vr"}
     assert {name for name, arm in arms.ARMS.items() if arm.reinforced} == reinforced
-    assert {name for name, arm in arms.ARMS.items() if not arm.generated} == reinforced | {"gold", "answer_only"}
+    assert {name for name, arm in arms.ARMS.items() if not arm.generated} == reinforced | {
+        "gold",
+        "answer_only",
+        "twin",
+        "planted",
+    }
     assert label_of("diverse_k2_after_student") == "diverse_k2 student after debate student"
 
 
@@ -224,6 +229,30 @@ def test_a_verifier_decides_in_the_place_of_the_gold_answer(tmp_path):
     assert 0.3 < sum(not right[t.turn_key] for t in found) / len(found) < 0.7, "of two that it calls right one is wrong"
     first = {row.question_id: row.key for row in reversed(told) if row.right}
     assert all(t.turn_key == first[t.question_id] for t in found)
+
+
+def test_arms_that_are_not_matched_any_more_are_named_before_anything_is_trained(tmp_path):
+    """The match is asserted again of what was stored: of its figures, and of what they are about."""
+    rows = spoken_rows("debate", 60)
+    chosen = selected(tmp_path, {"debate": rows}, arms=["control", "random"])
+    path = tmp_path / "select" / "manifest.json"
+    told = json.loads(path.read_text())
+    figures = told["counts"]["matched"]
+    names = ("student", "control", "random")
+    check_matched({name: chosen[name] for name in names}, figures)
+    told["counts"]["matched"] = {
+        **figures,
+        "tokens": {**figures["tokens"], "control": figures["tokens"]["control"] + 9},
+    }
+    path.write_text(json.dumps(told))
+    with pytest.raises(AgentArkError, match=r"The arms student, control, random are not matched.*: control has"):
+        selected(tmp_path, {"debate": rows}, arms=["control", "random"])
+    kept = chosen["control"].trajectories
+    for fewer in (kept[: len(kept) // 2], kept[:-1]):
+        arms = {**{name: chosen[name] for name in names}, "control": replace(chosen["control"], trajectories=fewer)}
+        tokens = {name: arm.tokens for name, arm in arms.items()}
+        with pytest.raises(AgentArkError, match="The arms student, control, random are not matched any more"):
+            check_matched(arms, {**figures, "tokens": tokens})
 
 
 @pytest.mark.parametrize("change", [{"select": SelectionConfig(seed=1)}, {"arms": ["random"]}, {"curve": [0.25]}])

@@ -190,6 +190,31 @@ def test_a_damaged_stage_is_named_and_nothing_is_lost(finished, tmp_path):
     assert without_timing(root / "tiny")["arms"] == without_timing(finished)["arms"]
 
 
+def test_arms_that_are_not_matched_are_not_compared(finished, tmp_path, monkeypatch, capsys):
+    """Neither where figures were changed, nor where nothing can be matched: the arms are named and nothing is made."""
+    from agentark_jax.cli import main
+    from agentark_jax.traces import matching
+
+    shutil.copytree(finished, tmp_path / "tiny")
+    stages = {path: path.stat().st_mtime_ns for path in (tmp_path / "tiny").glob("*/manifest.json")}
+    select = tmp_path / "tiny" / "select" / "manifest.json"
+    told = json.loads(select.read_text())
+    tokens = told["counts"]["matched"]["tokens"]
+    tokens["control"] = int(1.1 * tokens["control"])
+    select.write_text(json.dumps(told))
+    arguments = ["attribute", "--config", str(CONFIG), "--root", str(tmp_path)]
+    assert main(arguments) == 1
+    assert "The arms student, control are not matched any more: control has" in capsys.readouterr().err
+    monkeypatch.setattr(matching, "_likeness", lambda a, b: matching.Likeness(1.0, 0.0))
+    assert main([*arguments, "--update", "--select.seed", "1"]) == 1
+    message = capsys.readouterr().err
+    assert "The arms cannot be matched" in message
+    assert "student (corrective_first)" in message
+    assert "control (round1_only)" in message
+    del stages[select]
+    assert {path: path.stat().st_mtime_ns for path in stages} == stages
+
+
 def debated(run: Path) -> list[dict]:
     """The turns of a run's debate stage, without what differs between equal runs."""
     keys = json.loads((run / "debate" / "keys.json").read_text())

@@ -102,6 +102,37 @@ def match(arms: Mapping[str, Selection], seed: int, blind: Set[str] = frozenset(
     )
 
 
+def check_matched(arms: Mapping[str, Selection], figures: Mapping[str, Any]) -> None:
+    """Assert of selections that were stored what `match` promises, and that it was written of them.
+
+    Args:
+        arms: all that were matched, by name.
+        figures: `Match.figures` as they were stored.
+
+    Raises: AgentArkError that names the arms which differ.
+    """
+    first, *others = arms
+    counts = {name: Counter(t.question_id for t in arm.trajectories) for name, arm in arms.items()}
+    tokens = {name: arm.tokens for name, arm in arms.items()}
+    fewest = min(tokens, key=lambda name: tokens[name])
+    told = figures["tokens"]
+    lengths = {name: _lengths(arm.trajectories) for name, arm in arms.items()}
+    for name in arms:
+        if told.get(name) != tokens[name]:
+            how = f"{name} has {tokens[name]} tokens, and the stage says {told.get(name)}"
+        elif tokens[name] > (1 + MATCH_TOLERANCE) * tokens[fewest]:
+            how = f"{name} has {tokens[name]} tokens and {fewest} {tokens[fewest]}"
+        elif counts[name] != counts[first]:
+            how = f"{name} and {first} have other questions, or not as many trajectories of each"
+        elif name in others and not _likeness(lengths[first], lengths[name]).alike:
+            how = f"trajectories of {name} and {first} have other lengths"
+        else:
+            continue
+        raise AgentArkError(
+            f"The arms {', '.join(arms)} are not matched any more: {how}. Delete the stage select and run again."
+        )
+
+
 def _restricted(arm: Selection, chosen: Mapping[str, Sequence[Trajectory]], left: Set[str]) -> Selection:
     """What was chosen of the questions that are left; `chosen` has those that all arms have."""
     picked = {trajectory.turn_key for trajectories in chosen.values() for trajectory in trajectories}
