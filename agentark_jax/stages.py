@@ -158,6 +158,7 @@ class Run:
         if finished or (begun and _begun_for(directory) != fingerprint):
             if directory.exists():
                 shutil.rmtree(directory)
+            self.directory.mkdir(parents=True, exist_ok=True)
             (finished or begun)[0].rename(directory)
 
     def _finish(self, manifest: Manifest) -> None:
