@@ -13,6 +13,7 @@ from agentark_jax.errors import UsageError
 from agentark_jax.traces.config import Variant
 
 STUDENT, CONTROL = "student", "control"
+TWIN, PLANTED = "twin", "planted"  # what `evaluation.checks` is about
 AFTER = "_after_"
 
 Source = Literal[
@@ -26,6 +27,7 @@ Source = Literal[
     "rationales",
     "answers",
     "rollouts",
+    "student",
 ]
 
 
@@ -76,7 +78,8 @@ class Arm:
             turns of as many `debates` of each question as a policy's rollouts would pay for, of independent `samples`
             of the agents, of a debate in which they hear nobody (`self_refine`) or what was said on other questions
             (`other_peers`), of agents that were told the right answer (`hinted`); or the task's own `rationales` or
-            bare `answers` to the student's questions; or the student's own `rollouts`, from what they earn.
+            bare `answers` to the student's questions; or the student's own `rollouts`, from what they earn; or what the
+            `student` learned, once more.
         variant: which turns (`traces.config`); None: those that the run's `select` says.
         matched: it has the student's questions, and of each as many trajectories, of as many tokens, as the student
             (`traces.matching`). Those are questions on which somebody was right, even where the variant asks no gold
@@ -99,7 +102,7 @@ class Arm:
     @property
     def generated(self) -> bool:
         """Whether it learns from what agents said."""
-        return self.source not in ("rationales", "answers", "rollouts")
+        return self.source not in ("rationales", "answers", "rollouts", "student")
 
     @property
     def reinforced(self) -> bool:
@@ -184,11 +187,30 @@ REINFORCED = {
     "vr": Arm("rollouts", None, False, "verifier-only student", "which of its rollouts are right"),
 }
 
-# By name: the controls, what any other variant selects of the debate, and those that learn from their own rollouts.
+# What they come to is known beforehand (`evaluation.checks`): they check how arms are trained and compared.
+CHECKS = {
+    TWIN: Arm(
+        "student",
+        None,
+        False,
+        "check: twin of the debate student",
+        "the debate student's data once more, from another training seed: what differs is chance, no result",
+    ),
+    PLANTED: Arm(
+        "student",
+        None,
+        False,
+        "check: twin with planted right answers",
+        "nothing: it is the twin, some of whose wrong answers were replaced by right ones, no result",
+    ),
+}
+
+# By name: the controls, what any other variant selects of the debate, those that learn from rollouts, and checks.
 ARMS: dict[str, Arm] = {
     **{variant: Arm("debate", variant, False, f"{variant} student", learns) for variant, learns in LEARNED.items()},
     **CONTROLS,
     **REINFORCED,
+    **CHECKS,
 }
 
 
@@ -200,6 +222,11 @@ def data_of(name: str) -> str:
 def start_of(name: str) -> str | None:
     """From whose student an arm starts; None: from the base, as all others."""
     return name.split(AFTER)[1] if AFTER in name else None
+
+
+def made_from(name: str) -> str | None:
+    """Which other student must be there first: the one that it starts from, or whose answers it has."""
+    return TWIN if name == PLANTED else start_of(name)
 
 
 def label_of(name: str) -> str:
@@ -214,7 +241,7 @@ def dealt(names: Sequence[str], workers: int) -> list[list[str]]:
     student is made by whoever makes that."""
     shares: list[list[str]] = [[] for _ in range(workers)]
     for place, name in enumerate(names):
-        start = start_of(name)
+        start = made_from(name)
         mine = shares[place % workers] if start is None else next(share for share in shares if start in share)
         mine.append(name)
     return shares
@@ -230,5 +257,11 @@ def check_arms(names: list[str]) -> None:
             raise UsageError(f"arms: there is no {name!r}. {hint}")
         if name in names[:place] or name == STUDENT:
             raise UsageError(f"arms: {name!r} is there already: name each arm once, and not the student.")
+        if start and not {data, *start}.isdisjoint(CHECKS):
+            raise UsageError(
+                f"arms: {name!r}: {' and '.join(CHECKS)} are checks; nothing starts from another for them."
+            )
+        if name == PLANTED and TWIN not in names[:place]:
+            raise UsageError(f"arms: {PLANTED!r} has the answers of {TWIN!r}, which must come before it.")
         if start and start[0] not in (STUDENT, *names[:place]):
             raise UsageError(f"arms: {name!r} starts from {start[0]!r}, which must come before it or be the student.")

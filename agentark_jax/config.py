@@ -12,13 +12,19 @@ from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from agentark_jax.arms import ARMS, CONTROL, STUDENT, check_arms, data_of
+from agentark_jax.arms import ARMS, CONTROL, PLANTED, STUDENT, check_arms, data_of
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.weighting import ANSWER, COMPLETION, REASONING
 from agentark_jax.engines import config as engines
 from agentark_jax.engines.config import EngineConfig
 from agentark_jax.errors import UsageError
-from agentark_jax.evaluation.config import SUITES, AccuracyConfig, EvaluationConfig, SelfCorrectionConfig
+from agentark_jax.evaluation.config import (
+    SUITES,
+    AccuracyConfig,
+    EvaluationConfig,
+    SelfCorrectionConfig,
+    check_size,
+)
 from agentark_jax.evaluation.suite_config import (
     GeneralisationConfig,
     QualityConfig,
@@ -150,7 +156,9 @@ class RunConfig:
             `pad_samples` by one of independent samples, `pad_outcome` by one that learned of the debate's whole answers
             whether they are right, `pad_random` by one that learned the labels of pad's dealt out at random, `vr` by
             the verifier alone; `student_budget` is the student of as many debates as pad's rollouts would pay for.
-            `A_after_B` trains on the data of A from B's student on.
+            `A_after_B` trains on the data of A from B's student on. Checks, no results: `twin` (the student's data
+            again, from another training seed) and `planted` (the twin with `evaluate.planted` of its answers put
+            right).
         prm: how the process reward models of `pad` and all `pad_…` are made.
         rl: how `pad`, all `pad_…` and `vr` learn from rollouts on the debated questions.
         fit: how every arm is trained on its trajectories.
@@ -186,6 +194,9 @@ class RunConfig:
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
             raise UsageError(f"curve is {self.curve}: give different shares of the questions, each between 0 and 1.")
         check_arms(self.arms)
+        if PLANTED in self.arms:
+            held_out, settings = self.questions.held_out, self.evaluate
+            check_size(settings.planted, held_out, len(self.seeds), settings.level)
         if self.debate.aggregation == "weighted" and any(agent.api == "openai" for agent in self.team):
             raise UsageError(
                 "debate.aggregation is weighted, which needs log-probabilities, and an agent of the team is behind an "

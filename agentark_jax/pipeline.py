@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from agentark_jax.arms import ARMS, STUDENT, Arm, Judged, Source, data_of, start_of
+from agentark_jax.arms import ARMS, PLANTED, STUDENT, TWIN, Arm, Judged, Source, data_of, start_of
 from agentark_jax.asking import ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
 from agentark_jax.cast import Agents, Cast, identity, model_directory, size
 from agentark_jax.checks import check_fits, check_lengths
@@ -33,6 +33,7 @@ from agentark_jax.data.render import (
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.data.weighting import REASONING, Weighting, reasoning_and_answer, weigh
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.evaluation.checks import plant
 from agentark_jax.evaluation.predictions import load_predictions
 from agentark_jax.files import write_json
 from agentark_jax.generation import Asked, Generation, Model, Seat
@@ -774,7 +775,7 @@ class Pipeline:
             steps = planned_steps(self.config.fit, examples, self.seed)
         asked = sorted({trajectory.question_id for trajectory in selections[STUDENT].trajectories})
         arms = self.arms()
-        for name in (name for name in self.config.arms if name in wanted):
+        for name in (name for name in self.config.arms if name in wanted and name != PLANTED):
             data, start = data_of(name), start_of(name)
             begun = base if start is None else students[start]
             if data != STUDENT and arms[data].reinforced:
@@ -782,12 +783,14 @@ class Pipeline:
                 judge = None if kind is None else judges[kind]
                 students[name] = self.reinforce(name, begun, form, judge, questions)
                 continue
-            as_student = data == STUDENT or arms[data].matched or arms[data].source == "debates"
+            again = data != STUDENT and arms[data].source == "student"
+            as_student = data == STUDENT or again or arms[data].matched or arms[data].source == "debates"
+            own = STUDENT if again else data
             students[name] = self.distil(
                 name,
                 begun,
                 form,
-                selections[data] if data in selections else [by_id[question_id] for question_id in asked],
+                selections[own] if own in selections else [by_id[question_id] for question_id in asked],
                 by_id,
                 steps=None if as_student else steps,
             )
@@ -814,6 +817,7 @@ class Pipeline:
             steps: train for so many, however many epochs they take; None: for the configured epochs.
         """
         weighting: Weighting = "tokens"
+        seed = twin_seed(self.seed) if name == TWIN else self.seed
         if isinstance(learned, Selection):
             weighting = replace(self.config.select, variant=learned.variant).weighs
             if steps is None:  # as the student
@@ -834,7 +838,7 @@ class Pipeline:
             if self.config.fit.coefficients.keys() >= {REASONING}:
                 examples = [reasoning_and_answer(example, form.tokenizer) for example in examples]
             config = self.config.fit if steps is None else for_steps(self.config.fit, examples, steps)
-            self._fit(work, f"distil {name}", config, start, examples, [])
+            self._fit(work, f"distil {name}", config, start, examples, [], seed)
 
         return self.run.produce(
             name,
@@ -842,7 +846,7 @@ class Pipeline:
             version=1,
             config={
                 "fit": self.config.fit.fingerprint(),
-                "seed": self.seed,
+                "seed": seed,
                 **({} if weighting == "tokens" else {"weighting": weighting}),
                 **({} if steps is None else {"steps": steps}),
             },
@@ -994,7 +998,35 @@ class Pipeline:
                 draw = replace(one, max_tokens=longest_dialogue(form, self.config.debate))
                 final = form.telling[-1].strip()
             alone(name, student, questions, draw, 1, protocol, final)
+            if name == TWIN and PLANTED in self.config.arms:
+                measure(
+                    PLANTED,
+                    {"twin": evaluated[TWIN].manifest},
+                    questions,
+                    {"protocol": PLANTED, "share": settings.planted},
+                    partial(self._plant, evaluated[TWIN], form, questions),
+                    final,
+                )
         return evaluated
+
+    def _plant(self, twin: Evaluated, form: Format, asked: Sequence[Question], work: Work) -> tuple[Asked, Asked]:
+        """The twin's turns, some wrong ones replaced by right ones, which are put into the store."""
+        share = self.config.evaluate.planted
+        keys = [key for prediction in twin.predictions for key in prediction.turn_keys]
+        said = {turn.call.question_id: turn for store in (self.heard, self.store) for turn in store.turns(keys=keys)}
+        turns = plant(
+            said,
+            twin.predictions,
+            {question.id: question for question in asked},
+            share=share,
+            seed=self.seed,
+            form=form,
+            reads=lambda question, text: self.task.grade(question, text).verdict == "right",
+        )
+        self.store.record_many(turns.values())
+        work.counts = {"planted": sum(turns[each] is not said[each] for each in turns)}
+        answers = {question.id: [turns[question.id]] for question in asked}
+        return answers, answers
 
     # What stages share
 
@@ -1006,11 +1038,13 @@ class Pipeline:
         model: Manifest,
         examples: Sequence[Example],
         validation: Sequence[Example],
+        seed: int | None = None,
     ) -> None:
         """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
         self.generation.release()  # training needs the room
         directory, revision = model_directory(model), model.counts["revision"]
-        job = Job(config, directory, revision, examples, validation, work.directory, self.seed)
+        seed = self.seed if seed is None else seed
+        job = Job(config, directory, revision, examples, validation, work.directory, seed)
         with self.display.bar(title, total=1) as bar:
             result = train(job, bar.set)
         trained = partition(result.params, config.freeze)[0] if result.adapter is None else result.adapter
@@ -1103,6 +1137,11 @@ def _keys(stage: Manifest) -> list[str]:
 def students_of(config: RunConfig) -> list[str]:
     """All that a run trains, in order."""
     return [STUDENT, *config.arms, *map(share_name, config.curve)]
+
+
+def twin_seed(seed: int) -> int:
+    """From which the twin of a seed's student is trained."""
+    return int(stable_hash([TWIN, seed])[:7], 16)
 
 
 def share_name(share: float) -> str:

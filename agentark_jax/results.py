@@ -9,10 +9,11 @@ from dataclasses import asdict
 from typing import Any
 
 from agentark_jax import config as configuration
-from agentark_jax.arms import ARMS, CONTROL, LEARNED, STUDENT, data_of, label_of, start_of
+from agentark_jax.arms import ARMS, CHECKS, CONTROL, LEARNED, PLANTED, STUDENT, TWIN, data_of, label_of, start_of
 from agentark_jax.config import RunConfig
 from agentark_jax.evaluation import attribution, summary
 from agentark_jax.evaluation.attribution import SeedRun
+from agentark_jax.evaluation.checks import check_all
 from agentark_jax.evaluation.predictions import Prediction
 from agentark_jax.outcome import Outcome
 from agentark_jax.pipeline import share_name
@@ -45,6 +46,8 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
     arms["debate"]["oracle"] = summary.oracle_figures([outcome.evaluated_debate for outcome in outcomes], level=level)
     reference = arms["base"]["tokens_per_question"]["total"]
     made = first.manifests[-1]  # by what made the last of it, not by what writes it down again
+    for name in arms.keys() & CHECKS.keys():
+        arms[name]["check"] = True  # no result
     for each in arms.values():
         each["cost_ratio"] = each["tokens_per_question"]["total"] / reference
     return {
@@ -74,6 +77,7 @@ def build_results(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, A
             seeds, [contrast for contrast in _contrasts(config) if arms.keys() >= {*contrast[:2]}], level=level
         ),
         **({"attribution": _attribution(config, outcomes)} if config.arms else {}),
+        "checks": check_all(seeds, STUDENT, config.evaluate.planted, level=level),
         "counts": _counts(first),
         "debate": summary.debate_figures([outcome.debated for outcome in outcomes], level=level),
         "training": _training(first),
@@ -204,6 +208,12 @@ def _description(config: RunConfig, name: str, outcome: Outcome) -> dict[str, st
         text = f"agents: {_who(config)}; {', '.join(f'{key} {value}' for key, value in options.items())}"
         text += f"; temperature {draw.temperature}, at most {draw.max_tokens} tokens a call"
         return {"label": name, "description": text, "protocol": name, "model": "base", "questions": share}
+    if name == PLANTED:
+        whole = len(outcome.evaluated[name].predictions)
+        changed = outcome.evaluated[name].manifest.counts["planted"]
+        text = f"no result: the twin's answers, of whose wrong ones {changed} of {whole} were replaced by right ones"
+        described = {"label": label_of(name), "description": text}
+        return {**described, "protocol": PLANTED, "model": TWIN, "questions": share}
     return {**_student(config, name, outcome), "protocol": "single", "model": name, "questions": share}
 
 
@@ -225,7 +235,7 @@ def _student(config: RunConfig, name: str, outcome: Outcome) -> dict[str, str]:
             amount += (
                 f"; {found['questions']} questions matched, lengths alike at p = {found['lengths'][data]['p']:.2f}"
             )
-        elif data != STUDENT:
+        elif data != STUDENT and data not in CHECKS:
             amount += "; not matched in volume"
     return {"label": label, "description": f"{_one(config)}; trained on {learned} ({amount})"}
 
@@ -245,11 +255,12 @@ def _who(config: RunConfig) -> str:
 
 def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
     """Arms that are compared, the first with the second, and how that is called."""
-    asked = [(each.a, each.b, each.name) for each in attribution.contrasts([STUDENT, *config.arms])]
+    arms = [name for name in config.arms if name not in CHECKS]  # what checks say stands by itself
+    asked = [(each.a, each.b, each.name) for each in attribution.contrasts([STUDENT, *arms])]
     pairs = {frozenset((a, b)) for a, b, _ in asked}
     further = [
-        *((STUDENT, name, f"debate student over {label_of(name)}") for name in config.arms),
-        *((name, "base", f"{label_of(name)} over base") for name in config.arms),
+        *((STUDENT, name, f"debate student over {label_of(name)}") for name in arms),
+        *((name, "base", f"{label_of(name)} over base") for name in arms),
     ]
     return [
         *((method, "base", f"{method} of the base over its one answer") for method in config.methods.chosen()),
@@ -271,7 +282,7 @@ def _attribution(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, An
             )
             for outcome in outcomes
         ],
-        [STUDENT, *config.arms],
+        [STUDENT, *(name for name in config.arms if name not in CHECKS)],
         ["debate", "vote", *config.methods.chosen()],
         variant=config.select.variant,
         rl=config.rl,

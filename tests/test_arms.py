@@ -76,6 +76,9 @@ def test_every_variant_is_an_arm_with_words_of_its_own():
         (["student"], "'student' is there already"),
         (["gold_after_samples"], "starts from 'samples', which must come before it"),
         (["gold", "gold_after_gold_after_gold"], "there is no"),
+        (["planted", "twin"], "'planted' has the answers of 'twin', which must come before it"),
+        (["twin_after_student"], "twin and planted are checks; nothing starts from another for them"),
+        (["twin", "gold_after_twin"], "twin and planted are checks; nothing starts from another for them"),
     ],
 )
 def test_a_name_that_stands_for_nothing_is_refused(names, complaint):

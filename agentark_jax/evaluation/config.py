@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal, get_args
 
 from agentark_jax.errors import UsageError
@@ -24,6 +25,7 @@ class EvaluationConfig:
         overlap: what becomes of a question to learn from that has the same words as a held-out one, or half of its runs
             of 13 words: `refuse` ends the run, `drop` leaves it out.
         level: confidence level of every interval.
+        planted: of the arm `planted`, the share of all answers that are made right.
     """
 
     vote_samples: int = 6
@@ -32,6 +34,7 @@ class EvaluationConfig:
     temperature: float = 0.0
     overlap: Overlap = "refuse"
     level: float = 0.95
+    planted: float = 0.05
 
     def __post_init__(self) -> None:
         if self.vote_samples < 1:
@@ -46,8 +49,27 @@ class EvaluationConfig:
             raise UsageError(f"evaluate.temperature is {self.temperature}: give 0 for greedy answers, or more.")
         if self.overlap not in get_args(Overlap):
             raise UsageError(f"evaluate.overlap is {self.overlap!r}: choose {' or '.join(get_args(Overlap))}.")
+        if not 0 < self.planted < 1:
+            raise UsageError(f"evaluate.planted is {self.planted}: give a share of the answers between 0 and 1.")
         if not 0 < self.level < 1:
             raise UsageError(f"evaluate.level is {self.level}: give a confidence level between 0 and 1, such as 0.95.")
+
+
+def planted_count(share: float, questions: int) -> int:
+    """How many answers to so many questions are made right."""
+    return round(share * questions)
+
+
+def check_size(share: float, questions: int, seeds: int, level: float) -> None:
+    """Raises UsageError where no comparison could find so small a planted effect."""
+    planted = planted_count(share, questions) * seeds
+    # McNemar's test of k answers that are all better has the score √k.
+    needed = int(NormalDist().inv_cdf((1 + level) / 2) ** 2) + 1
+    if planted < needed:
+        raise UsageError(
+            f"evaluate.planted is {share}: that makes {planted} of {questions * seeds} answers right, and fewer than "
+            f"{needed} cannot be found by any comparison at level {level}. Raise it, or questions.held_out."
+        )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def summary_table(results: Mapping[str, Any]) -> Group:
     parts: list[RenderableType] = [_arms(results)]
     for difference in results.get("differences") or []:
         parts.append(_difference(results, difference))
+    parts += [_check(check) for check in results.get("checks") or []]
     parts.append(Text(_totals(results), style="dim"))
     return Group(*parts)
 
@@ -36,7 +37,8 @@ def _arms(results: Mapping[str, Any]) -> Table:
     table.add_column("accuracy %", justify="right", no_wrap=True)
     for name in ("n", "tokens/q", "cost"):
         table.add_column(name, justify="right", no_wrap=True)
-    best = max((arm["accuracy"] for arm in results["arms"].values() if words.known(arm["accuracy"])), default=None)
+    known = [arm["accuracy"] for arm in results["arms"].values() if not arm.get("check")]
+    best = max(filter(words.known, known), default=None)
     subset = False
     for name, arm in results["arms"].items():
         part = arm.get("questions") == "subset"
@@ -65,6 +67,10 @@ def _difference(results: Mapping[str, Any], difference: Mapping[str, Any]) -> Pa
     grid.add_column(overflow="fold")
     grid.add_row(Text(mark, style=style), Text(sentence))
     return Padding(grid, (0, 0, 1, 0))
+
+
+def _check(check: Mapping[str, Any]) -> Text:
+    return Text(words.clean(check["sentence"]), style="dim" if check["passed"] else "bold red")
 
 
 def _totals(results: Mapping[str, Any]) -> str:
