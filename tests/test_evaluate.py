@@ -159,3 +159,21 @@ def test_a_question_that_the_model_cannot_take_is_refused_before_anything_is_ask
     assert code == 2
     assert "max_tokens is 1020, and the longest question takes" in capsys.readouterr().err
     assert sorted(path.parent.name for path in tmp_path.rglob("manifest.json")) == ["model", "questions"]
+
+
+@pytest.mark.sglang
+def test_a_server_answers_for_the_model_and_says_what_the_embedded_engine_says(models, server, tmp_path):
+    """The same greedy answers of the same lengths; and it is asked once."""
+    arguments = ["--accuracy.samples", "2", "--accuracy.debate", "false"]
+    complete(tmp_path / "served", models[0], *arguments, "--engine.servers", f"[{server}]")
+    complete(tmp_path / "embedded", models[0], *arguments)
+    served, embedded = (
+        load_predictions(tmp_path / name / "evaluation" / "accuracy_greedy" / "predictions.jsonl")
+        for name in ("served", "embedded")
+    )
+    assert [(each.question_id, each.answer, each.completion_tokens) for each in served] == [
+        (each.question_id, each.answer, each.completion_tokens) for each in embedded
+    ]
+    assert "nothing was generated" in complete(
+        tmp_path / "served", models[0], *arguments, "--engine.servers", f"[{server}]"
+    )
