@@ -96,8 +96,9 @@ def distraction_figures(rows: Sequence[Distracted], *, level: float) -> dict[str
 def shuffle_figures(rows: Sequence[Chosen], *, level: float, seed: int = 0) -> dict[str, Any]:
     """What the order of choices does to the answers, clustered by question.
 
-    `same`: of answers to a question in another order, the share that choose what was chosen before; `always`: of
-    questions, the share for which all do. Both are of those where something was chosen before.
+    Where a row's order is the question's own, nothing was asked again: it counts for `positions` alone. `same`: of
+    answers to a question in another order, the share that choose what was chosen before; `always`: of questions, the
+    share for which all do. Both are of those where something was chosen before.
 
     `positions`: of each position, the accuracy where the right choice stands there, and how often it is `chosen` less
     how often chance would choose it (of answers that choose anything). `spread` is the largest less the smallest of
@@ -105,12 +106,13 @@ def shuffle_figures(rows: Sequence[Chosen], *, level: float, seed: int = 0) -> d
     the position, 1 − 1/choices for one that looks at nothing else. Few questions make both larger; so their `p_value`
     compares them with `chance`, their mean where the orders' answers to each question are dealt out at random.
     """
-    known = [row for row in rows if row.before != NOTHING]
+    moved = [row for row in rows if list(row.order) != sorted(row.order)]
+    known = [row for row in moved if row.before != NOTHING]
     of: dict[str, list[bool]] = {}
     for row in known:
         of.setdefault(row.question, []).append(row.now == row.before)
-    right, before = [row.now == row.right for row in rows], [row.before == row.right for row in rows]
-    questions = [row.question for row in rows]
+    right, before = [row.now == row.right for row in moved], [row.before == row.right for row in moved]
+    questions = [row.question for row in moved]
     first = {row.question: row.before == row.right for row in rows}
     return {
         "original": figures.share(list(first.values()), list(first), level=level),
