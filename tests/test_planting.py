@@ -60,6 +60,10 @@ def test_peers_are_right_and_wrong_solutions_of_one_question():
     assert wrong[0] == "3+4=7"
     assert wrong[1].startswith("7*2=")
     assert "14" not in wrong[1] + wrong[2]
+    # Its last step and its answer are one number, as in a right solution.
+    for seed in range(20):
+        _, step, answer = wrong_solution(question, seed).splitlines()
+        assert answer == f"The answer is {step.removeprefix('7*2=')}."
     letters = Question.make("task", "held_out", "Which?", "B", "", choices=["x", "y", "z"])
     assert {wrong_solution(letters, seed) for seed in range(20)} == {"The answer is A.", "The answer is C."}
     assert wrong_solution(Question.make("task", "held_out", "Who?", "Anna", ""), 0) is None

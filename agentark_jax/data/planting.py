@@ -80,12 +80,19 @@ def wrong_answer(question: Question, seed: int) -> str | None:
 
 
 def wrong_solution(question: Question, seed: int) -> str | None:
-    """The gold rationale with an error in its last step that can have one, and another answer; None as before."""
-    answer = wrong_answer(question, seed)
+    """The gold rationale with an error in its last step that can have one, and another answer; None as before.
+
+    Where that step comes to the gold answer, the wrong number is the answer: who contradicts himself is not believed.
+    """
+    answer, text = wrong_answer(question, seed), question.rationale
     if answer is None:
         return None
-    where = plantable(question.rationale)
-    text = plant(question.rationale, where[-1], seed).text if where else question.rationale
+    where = plantable(text)
+    if where:
+        error = plant(text, where[-1], seed)
+        text = error.text
+        if error.before.replace(",", "") == question.answer.replace(",", ""):
+            answer = error.after
     return answered(text[: answer_begins(text)], answer)
 
 
