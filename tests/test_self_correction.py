@@ -97,6 +97,11 @@ def test_recovery_by_the_step_that_is_wrong():
         ("The unchecked box counts 3.", False),
         ("3+4=7", False),
         ("Let us recalculate.", True),
+        ("Let me redo the sum.", True),
+        ("Let's see if 14 is even.", True),
+        ("Let us rewrite the equation as x = 4.", False),
+        ("Let me represent the apples by a.", False),
+        ("Let's read the table.", False),
     ],
 )
 def test_a_step_verifies_by_its_words(step, expected):

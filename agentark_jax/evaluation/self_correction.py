@@ -15,14 +15,15 @@ from jaxtyping import Bool, Float, Shaped
 from agentark_jax.data.planting import split
 from agentark_jax.evaluation.statistics import bootstrap_interval, paired_difference, wilson_interval
 
+_AGAIN = "check|read|view|visit|do|try|trace|think|count|calculate|compute|consider|evaluate|examine|assess|verify|work"
 # Words by which a step shows that it verifies: English, at word boundaries, whatever the case. A step counts once.
 VERIFYING = (
     r"(?:double[- ]?|re-?)?check(?:s|ed|ing)?",
     r"verif(?:y|ies|ied|ying|ication)",
     r"wait(?=\s*[,.!…])",
     r"hold on",
-    r"let (?:me|us) (?:re-?\w+|see if)",
-    r"let's (?:re-?\w+|see if)",
+    # To do something again, which "rewrite" and "represent" are not.
+    rf"let(?: me| us|'s) (?:re-?(?:{_AGAIN})|see if)",
     r"make sure",
     r"confirm(?:s|ed|ing)?",
     r"(?:substitut|plugg)ing (?:this |it |that )?back",
