@@ -121,7 +121,7 @@ class Run:
                 self._finish(found)
                 return found
         if directory.exists() and (own is not None or _begun_for(directory) != fingerprint):
-            shutil.rmtree(directory)
+            _remove(directory)
         directory.mkdir(parents=True, exist_ok=True)
         write_json(directory / BEGUN, {"fingerprint": fingerprint})
         started = time.monotonic()
@@ -157,7 +157,7 @@ class Run:
         begun = [place for place in places if _begun_for(place) == fingerprint]
         if finished or (begun and _begun_for(directory) != fingerprint):
             if directory.exists():
-                shutil.rmtree(directory)
+                _remove(directory)
             self.directory.mkdir(parents=True, exist_ok=True)
             (finished or begun)[0].rename(directory)
 
@@ -268,6 +268,13 @@ def git_revision() -> str | None:
 def package_versions() -> dict[str, str]:
     """Versions of the packages that determine the numbers."""
     return {package: version(package) for package in _PACKAGES}
+
+
+def _remove(directory: Path) -> None:
+    """Remove a stage. What says that it is finished or begun goes first, so that what a kill leaves is redone."""
+    for name in (MANIFEST, BEGUN):
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory)
 
 
 def _begun_for(directory: Path) -> str | None:

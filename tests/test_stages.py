@@ -58,6 +58,28 @@ def test_a_stage_that_was_begun_is_continued_only_for_the_same_fingerprint(tmp_p
     assert calls[-1] == ["begun.json"]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stage_that_was_half_removed_when_the_process_was_killed_is_redone(tmp_path, monkeypatch, begun):
+    calls = []
+    produce(Run(tmp_path))
+    if begun:  # for the first configuration, with a file more
+        fingerprint = json.loads((tmp_path / "stage" / "manifest.json").read_text())["fingerprint"]
+        (tmp_path / "stage" / "manifest.json").unlink()
+        (tmp_path / "stage" / "begun.json").write_text(json.dumps({"fingerprint": fingerprint}))
+
+    def killed(directory):
+        (directory / "out.txt").unlink()
+        raise KeyboardInterrupt
+
+    (tmp_path / "stage" / "other.txt").write_text("")
+    monkeypatch.setattr("agentark_jax.stages.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        produce(Run(tmp_path), config={"a": 2})
+    monkeypatch.undo()
+    produce(Run(tmp_path), calls=calls)
+    assert calls == [["begun.json"]]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
