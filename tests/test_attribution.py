@@ -45,6 +45,8 @@ COUNTS = {
     "verifier": fitted(100),
     "diverse_k2": fitted(1_000),
     "gold_after_student": fitted(400),
+    "diverse_k2_after_student": fitted(600),
+    "pad_after_student": fitted(160, rollouts={"rollouts": 16}, loss_tokens=160),
     "vr": fitted(160, rollouts={"rollouts": 16}, loss_tokens=80),
     "pad": fitted(160, rollouts={"rollouts": 16, "groups_replaced": 2}, loss_tokens=320),
     "pad_random": fitted(160, rollouts={"rollouts": 16}, loss_tokens=160),
@@ -155,6 +157,9 @@ def test_without_matched_arms_it_says_what_is_not_known():
         ("student", 900 + 300 + 3 * 1_000),
         ("gold", 3 * 500),
         ("gold_after_student", 900 + 300 + 3 * 1_000 + 3 * 400),
+        # The debate that both learn from, or that the judge does, was held once.
+        ("diverse_k2_after_student", 900 + 300 + 3 * 1_000 + 3 * 600),
+        ("pad_after_student", 1_200 + 3 * 1_000 + 800 + 3 * 800 + 3 * 800 + 30 + 3 * 1_000),
         ("samples_budget", (400 + 600) * 300 / 600 + 3 * 200),
         ("verifier", 900 + 300 + 77 + 3 * 100),
         # 16 rollouts of 40 + 10 tokens: written, read by policy and reference, and half of the completions learned.

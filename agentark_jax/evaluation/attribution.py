@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from agentark_jax.arms import ARMS, LEARNED, STUDENT, Arm, data_of, label_of, start_of
+from agentark_jax.arms import ARMS, LEARNED, STUDENT, Arm, Judged, data_of, label_of, start_of
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.statistics import seed_level_interval
 from agentark_jax.evaluation.summary import Predictions
@@ -223,9 +223,9 @@ def distillation(name: str, counts: Mapping[str, Mapping[str, Any]], *, prompt: 
     """What it took to make an arm, in forward-token equivalents.
 
     That is: prompts and completions of all that was said for its data, those of who was asked what is right of it, and
-    three times the tokens it was trained on; with what went before, where it goes on from another arm. Of a debate all
-    rounds count, also where the first alone is learned. The warm start, which all share, is left out, and so are failed
-    calls.
+    three times the tokens it was trained on; with what went before, where it goes on from another arm. What both learn
+    from was said once and counts once. Of a debate all rounds count, also where the first alone is learned. The warm
+    start, which all share, is left out, and so are failed calls.
 
     Where it learns from rollouts: writing them, one pass of the policy over them, one of the judge and of the starting
     policy where there is one, and what the judge took: what was said for its data, the labels and its own training. Of
@@ -235,48 +235,58 @@ def distillation(name: str, counts: Mapping[str, Mapping[str, Any]], *, prompt: 
         counts: those of every stage by name.
         prompt: tokens of a prompt of a single question.
     """
-    start, data = start_of(name), data_of(name)
-    before = distillation(start, counts, prompt=prompt, rl=rl) if start else 0.0
-    arm = None if data == STUDENT else ARMS[data]
+    start = start_of(name)
+    names = [name] if start is None else [start, name]
+    before: dict[str, float] = {}
+    for each in names:
+        for stage, cost in _made_from(_arm(each), counts).items():
+            before[stage] = max(cost, before.get(stage, 0.0))
+    return sum(before.values()) + sum(_learning(each, counts, prompt, rl) for each in names)
+
+
+def _arm(name: str) -> Arm | None:
+    """What an arm learns from; None: what the student does."""
+    return None if data_of(name) == STUDENT else ARMS[data_of(name)]
+
+
+def _made_from(arm: Arm | None, counts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What each stage took that an arm learns from, by its name."""
     if arm is not None and arm.reinforced:
-        return before + _reinforcing(arm, counts, counts[name], prompt, rl)
-    return before + _spoken(arm, counts) + TRAINING * counts[name]["tokens"]
-
-
-def _spoken(arm: Arm | None, counts: Mapping[str, Mapping[str, Any]]) -> float:
+        return {} if arm.judged is None else _judge(arm.judged, counts)
     source = "debate" if arm is None else arm.source
     if source in ("rationales", "answers"):
-        return 0.0
-    said = _said(counts["debate" if source in ("debate", "verified") else f"turns_{source}"])
-    if source == "verified":
-        return said + counts["verdicts"]["tokens"]
+        return {}
+    stage = "debate" if source in ("debate", "verified") else f"turns_{source}"
+    said = _said(counts[stage])
     if arm is not None and arm.budget:
-        share = counts["debate"]["completion_tokens"] / counts[f"turns_{source}"]["completion_tokens"]
-        return said * min(1.0, share)
-    return said
+        said *= min(1.0, counts["debate"]["completion_tokens"] / counts[stage]["completion_tokens"])
+    return {stage: said, **({"verdicts": counts["verdicts"]["tokens"]} if source == "verified" else {})}
+
+
+def _judge(kind: Judged, counts: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What was said for a process reward model, the labels of it, and its training."""
+    said = "debate" if kind.turns == "debate" else f"turns_{kind.turns}"
+    dealt = replace(kind, labels="configured") if kind.labels == "random" else kind
+    labels, model = f"step_labels{dealt.suffix}", f"prm{kind.suffix}"
+    return {said: _said(counts[said]), labels: counts[labels]["tokens"], model: TRAINING * counts[model]["tokens"]}
 
 
 def _said(counts: Mapping[str, Any]) -> float:
     return float(counts["prompt_tokens"] + counts["completion_tokens"])
 
 
-def _reinforcing(
-    arm: Arm, counts: Mapping[str, Mapping[str, Any]], fitted: Mapping[str, Any], prompt: float, rl: RLConfig
-) -> float:
+def _learning(name: str, counts: Mapping[str, Mapping[str, Any]], prompt: float, rl: RLConfig) -> float:
+    """What the training of an arm took, its rollouts with it."""
+    fitted, arm = counts[name], _arm(name)
+    if arm is None or not arm.reinforced:
+        return float(TRAINING * fitted["tokens"])
     settings = rl if arm.judged is not None else verifiable_only(rl)
     rollouts, completion = fitted["rollouts"]["rollouts"], fitted["tokens"]
     replaced = fitted["rollouts"].get("groups_replaced", 0) * settings.group_size
     whole = completion + prompt * rollouts
     written = whole * (1 + replaced / rollouts)
     passes = 1 + settings.needs_reference + (arm.judged is not None and settings.needs_prm)
-    cost = written + passes * whole + TRAINING * whole * fitted["loss_tokens"] / completion
-    if arm.judged is None:
-        return cost
-    kind = arm.judged
-    labels = replace(kind, labels="configured") if kind.labels == "random" else kind
-    data = _said(counts["debate" if kind.turns == "debate" else f"turns_{kind.turns}"])
-    judge = counts[f"step_labels{labels.suffix}"]["tokens"] + TRAINING * counts[f"prm{kind.suffix}"]["tokens"]
-    return cost + data + judge
+    return float(written + passes * whole + TRAINING * whole * fitted["loss_tokens"] / completion)
 
 
 def break_even(
