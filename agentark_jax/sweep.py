@@ -58,7 +58,7 @@ class Grid:
     leave_out: list[Filter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not _WORD.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _WORD.fullmatch(self.name):
             raise UsageError(f"name is {self.name!r}: use letters, digits, '.', '_' and '-' for the sweep's folder.")
         if not self.base:
             raise UsageError("base is empty: name the configuration files that all cells begin with.")
@@ -66,7 +66,9 @@ class Grid:
             raise UsageError("axes: give at least one axis, and to each at least one label.")
         for axis, labels in self.axes.items():
             for label in (axis, *labels):
-                if not _WORD.fullmatch(str(label)) or axis == ARM:
+                if not isinstance(label, str):
+                    raise UsageError(f"axes.{axis}: {label!r} is no name: put it in quotes, or a letter before it.")
+                if not _WORD.fullmatch(label) or axis == ARM:
                     raise UsageError(f"axes.{axis}: {label!r} is no name: use letters, digits, '.', '_' and '-'.")
         places = {f"axes.{axis}.{label}": keys for axis, labels in self.axes.items() for label, keys in labels.items()}
         for place, keys in {"common": self.common, **places}.items():
@@ -145,10 +147,21 @@ class Sweep:
         return "begun" if (directory / "config.yaml").exists() else "to do"
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key stands twice: of two cells with one label the first would be lost."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.value != "<<"]
+        twice = next((key for place, key in enumerate(keys) if key in keys[:place]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_sweep(file: Path, options: Sequence[str] = (), **changes: str) -> Sweep:
     """A sweep from its file; `changes` are of its name and root. Raises UsageError naming the file and the key."""
     try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
+        given = yaml.load(file.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{file}: cannot be read as YAML ({error}).") from error
     keys = set(Grid.__dataclass_fields__)
@@ -215,12 +228,13 @@ def entries(sweep: Sweep, measure: Measure, where: Filter) -> list[Entry]:
     """The figures of the arms of the cells that pass `where`: accuracy, or its paired difference to the base.
 
     Arms are those that `where` names as labels of `arm`; or else the student, and what else is in the results of any of
-    these cells. Raises AgentArkError for results that cannot be read.
+    these cells. Raises UsageError where there is no such cell, AgentArkError for results that cannot be read.
     """
     axes = {axis: labels for axis, labels in where.items() if axis != ARM}
     cells = [cell for cell in sweep.grid.cells() if cell.passes(axes)]
-    results = [_results(sweep.grid.directory / cell.name / "results.json") for cell in cells]
-    figures = [{} if each is None else _figures(each, measure) for each in results]
+    if not cells:
+        raise UsageError("--where: no cell of the sweep has these labels together; --dry-run lists the cells.")
+    figures = [_figures(sweep.grid.directory / cell.name / "results.json", measure) for cell in cells]
     arms = where.get(ARM) or list(dict.fromkeys([*(arm for each in figures for arm in each), STUDENT]))
     return [
         Entry({**cell.labels, ARM: arm}, *each.get(arm, ()))
@@ -229,28 +243,24 @@ def entries(sweep: Sweep, measure: Measure, where: Filter) -> list[Entry]:
     ]
 
 
-def _results(path: Path) -> Mapping[str, Any] | None:
+def _figures(path: Path, measure: Measure) -> dict[str, tuple[float, float, float, int]]:
+    """Value, low, high and n by arm; nothing where there are no results."""
     if not path.exists():
-        return None
+        return {}
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         words.check(results)
-    except (OSError, ValueError, AttributeError) as error:
-        raise AgentArkError(f"{path}: damaged ({error}). Delete it and run the sweep again.") from error
-    return dict(results)
-
-
-def _figures(results: Mapping[str, Any], measure: Measure) -> dict[str, tuple[float, float, float, int]]:
-    """Value, low, high and n by arm."""
-    rows = results["arms"]
-    if measure == "difference":
-        rows = {each["a"]: each for each in results["differences"] if each["b"] == BASE}
-    return {arm: (row[measure], row["low"], row["high"], row["n"]) for arm, row in rows.items()}
+        rows = results["arms"]
+        if measure == "difference":
+            rows = {each["a"]: each for each in results["differences"] if each["b"] == BASE}
+        return {arm: (row[measure], row["low"], row["high"], row["n"]) for arm, row in rows.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise AgentArkError(f"{path}: damaged ({error!r}). Delete it and run the sweep again.") from error
 
 
 def axes_of(found: Sequence[Entry], rows: Sequence[str], columns: Sequence[str]) -> tuple[list[str], list[str]]:
     """Axes for rows and columns where none are named: those that vary, and in the columns the arms."""
-    varying = [axis for axis in (found[0].labels if found else ()) if len({each.labels[axis] for each in found}) > 1]
+    varying = [axis for axis in found[0].labels if len({each.labels[axis] for each in found}) > 1]
     if not rows and not columns:
         return [axis for axis in varying if axis != ARM], [ARM]
     rest = [axis for axis in varying if axis not in (*rows, *columns)]
@@ -262,7 +272,7 @@ def table(found: Sequence[Entry], rows: Sequence[str], columns: Sequence[str], m
 
     Raises: UsageError where two entries would stand in one place.
     """
-    given = set(found[0].labels) if found else set()
+    given = set(found[0].labels)
     unknown = [axis for axis in (*rows, *columns) if axis not in given]
     if unknown:
         raise UsageError(
@@ -302,7 +312,7 @@ def as_csv(found: Sequence[Entry], measure: Measure) -> str:
     """A line for each entry, with its labels; figures are shares, empty where they are missing."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(found[0].labels if found else ()), measure, "low", "high", "n"])
+    writer.writerow([*found[0].labels, measure, "low", "high", "n"])
     writer.writerows([*entry.labels.values(), entry.value, entry.low, entry.high, entry.n] for entry in found)
     return text.getvalue()
 

@@ -85,6 +85,10 @@ def test_a_cell_is_an_ordinary_configuration(tmp_path):
         ("base: base.yaml", "base: []", "base is empty"),
         ("    a3: {debate.agents: 3", "    a 3: {debate.agents: 3", "'a 3' is no name"),
         ("name: grid", "name: [", "cannot be read as YAML"),
+        ("name: grid", "name: 5", "name is 5"),
+        ("    a3: {", "    a2: {", "a2 stands twice"),
+        ("  agents:\n", "  teacher:\n", "teacher stands twice"),
+        ("    a3: {", "    3: {", "axes.agents: 3 is no name: put it in quotes"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_file(tmp_path, old, new, complaint):
@@ -172,6 +176,7 @@ def test_the_table_has_what_is_there_and_says_what_is_missing(tmp_path, capsys):
         (["--rows", "agent"], "there is no axis 'agent'"),
         (["--where", "teacher=small"], "--where: axis teacher has no 'small'"),
         (["--where", "teacher"], "--where is 'teacher'"),
+        (["--where", "teacher=own", "--where", "agents=a3"], "--where: no cell of the sweep has these labels together"),
     ],
 )
 def test_a_table_that_cannot_be_is_refused(tmp_path, capsys, options, complaint):
@@ -179,6 +184,19 @@ def test_a_table_that_cannot_be_is_refused(tmp_path, capsys, options, complaint)
     arguments = ["sweep", "--config", str(sweep.file), "--root", str(tmp_path / "runs"), "--table", "accuracy"]
     assert main([*arguments, *options]) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damaged", ["{", "[]", '{"schema": 1, "run": {}, "model": {}, "task": {}, "arms": {"base": {"n": 3}}}']
+)
+@pytest.mark.parametrize("measure", ["accuracy", "difference"])
+def test_results_that_are_damaged_are_named(tmp_path, capsys, damaged, measure):
+    sweep = sweep_at(tmp_path)
+    finish(sweep, "large-a2", base=0.5, student=0.625)
+    path = sweep.grid.directory / "large-a2" / "results.json"
+    path.write_text(damaged)
+    assert main(["sweep", "--config", str(sweep.file), "--root", str(tmp_path / "runs"), "--table", measure]) == 1
+    assert f"{path}: damaged" in capsys.readouterr().err
 
 
 def paper() -> tuple[Sweep, list[Cell]]:
