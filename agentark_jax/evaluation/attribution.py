@@ -33,6 +33,14 @@ BASE = "base"
 TRAINING = 3  # of one token, in forward passes of one
 
 Kind = Literal["base", "no debate", "debate", "rewards", "check"]
+Verdict = Literal["better than", "worse than", "mixed", "level with"]
+
+_WORDS: Mapping[Verdict, str] = {
+    "better than": "better than",
+    "worse than": "worse than",
+    "mixed": "a difference that depends on the seed from",
+    "level with": "no difference shown from",
+}
 
 _NO_DEBATE = ("samples", "self_refine", "other_peers", "hinted", "rationales", "answers")
 _DATA_AUGMENTATION = "diverse_k"
@@ -361,20 +369,24 @@ def _paid_off(row: Mapping[str, Any]) -> str:
 
 
 def conclusion(contrasts: Sequence[Mapping[str, Any]], bought: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the contrasts show, after Holm's correction, and what they don't, in sentences."""
-    shown = [each for each in contrasts if _verdict(each) != "level with"]
+    """What the contrasts show, after Holm's correction and in every seed, and what they don't, in sentences.
+
+    Intervals are conditional on the seeds. A difference that has another sign in one of them may be owed to the seeds,
+    so it is told apart, and nothing is concluded from it.
+    """
+    shown = [each for each in contrasts if _verdict(each) in ("better than", "worse than")]
+    every = " and in every seed" if any(len(each["per_seed"]) > 1 for each in contrasts) else ""
     told = [
-        f"{len(shown)} of {len(contrasts)} contrasts show a difference after Holm's correction for all of them.",
+        f"{len(shown)} of {len(contrasts)} contrasts show a difference after Holm's correction for all of them{every}.",
         *(each["sentence"] + "." for each in contrasts if (each["a"], each["b"]) == (STUDENT, BASE)),
     ]
     rest = [each for each in contrasts if (each["a"], each["b"]) != (STUDENT, BASE)]
     for a, matched in dict.fromkeys((each["a"], each["matched"]) for each in rest):
         group = [each for each in rest if (each["a"], each["matched"]) == (a, matched)]
         parts = []
-        for verdict in ("better than", "worse than", "level with"):
+        for verdict, words in _WORDS.items():
             named = [_against(each, verdict) for each in group if _verdict(each) == verdict]
             if named:
-                words = "no difference shown from" if verdict == "level with" else verdict
                 parts.append(f"{words} {', '.join(named)}")
         equal = " at equal questions and tokens" if matched else ""
         told.append(f"{label_of(a)}{equal}: {'; '.join(parts)}.")
@@ -386,15 +398,19 @@ def conclusion(contrasts: Sequence[Mapping[str, Any]], bought: Sequence[Mapping[
     return told
 
 
-def _verdict(contrast: Mapping[str, Any]) -> str:
+def _verdict(contrast: Mapping[str, Any]) -> Verdict:
     if contrast["p_holm"] >= 1 - contrast["level"] or contrast["low"] <= 0 <= contrast["high"]:
         return "level with"
+    if any(difference * contrast["difference"] <= 0 for difference in contrast["per_seed"]):
+        return "mixed"
     return "better than" if contrast["difference"] > 0 else "worse than"
 
 
-def _against(contrast: Mapping[str, Any], verdict: str) -> str:
+def _against(contrast: Mapping[str, Any], verdict: Verdict) -> str:
     b, detectable = contrast["b"], contrast["minimum_detectable"]
     size = _points(contrast["difference"])
+    if verdict == "mixed":
+        size += f"; by seed {', '.join(map(_points, contrast['per_seed']))}"
     if verdict == "level with" and detectable is not None:
         size += f", detectable from {100 * detectable:.1f}"
     return f"{_label(b)} ({size})"
