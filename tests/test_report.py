@@ -180,6 +180,17 @@ def test_summary_says_what_was_done():
     assert words.work_done(results).endswith("All of this was done 2 times, with other random numbers.")
 
 
+def test_what_checks_the_harness_is_no_result():
+    results = full_results()
+    results["arms"]["twin"] = results["arms"]["student"] | {"label": "check: twin", "accuracy": 0.9, "check": True}
+    results["training"]["twin"] = results["training"]["student"]
+    assert words.work_done(results) == words.work_done(full_results())
+    before, plot = (plots.accuracy_tokens(each["arms"]) for each in (full_results(), results))
+    assert before is not None
+    assert plot is not None
+    assert plot.rows == before.rows
+
+
 def test_summary_says_what_came_out():
     results = full_results()
     better, null, worse = (words.finding(results, item) for item in results["differences"])

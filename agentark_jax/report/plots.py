@@ -17,10 +17,13 @@ Spot = tuple[float, float, float | None, float | None]  # x, y, low, high
 
 
 def accuracy_tokens(arms: Mapping[str, Mapping[str, Any]]) -> Plot | None:
-    """Accuracy with its interval against tokens per question on a logarithmic axis, one labelled point per arm."""
+    """Accuracy with its interval against tokens per question on a logarithmic axis, one labelled point per arm.
+
+    Arms that check the harness are no results, so they have none.
+    """
     spots = [
         (label(arm.get("label") or name), arm["protocol"], arm["tokens_per_question"]["total"],
-         *(arm[key] for key in ("accuracy", "low", "high", "n"))) for name, arm in arms.items()
+         *(arm[key] for key in ("accuracy", "low", "high", "n"))) for name, arm in arms.items() if not arm.get("check")
     ]  # fmt: skip
     return _against_tokens("accuracy-tokens", "Accuracy against tokens", "prompt + answer", "arm", spots)
 

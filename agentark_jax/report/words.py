@@ -150,7 +150,8 @@ def work_done(results: Mapping[str, Any]) -> str:
     trained = ""
     if known(model.get("trainable")) and model["trainable"] != model.get("parameters"):
         trained = f", {size(model['trainable'])} of them trained"
-    text = f"The model is {clean(model['name'])} ({size(model.get('parameters'))} parameters{trained}), "
+    article = "a " if model.get("source") == "scratch" else ""  # what a user names needs none
+    text = f"The model is {article}{clean(model['name'])} ({size(model.get('parameters'))} parameters{trained}), "
     if asked.get("warm_start"):
         text += f"warm-started on {plural(asked['warm_start'], 'question')} of the task {clean(task['name'])}. "
     else:
@@ -160,7 +161,9 @@ def work_done(results: Mapping[str, Any]) -> str:
         said = plural(debate["turns"], "answer") + (" in all" if len(seeds) > 1 else "")
         text += f"{debate['agents']} copies debated {subject} over {plural(debate['rounds'], 'round')} ({said}). "
     students = [
-        f"“{arm_label(results, arm)}”" for arm in results.get("training") or {} if arm in arms and arm != "base"
+        f"“{arm_label(results, arm)}”"
+        for arm in results.get("training") or {}
+        if arm in arms and arm != "base" and not arms[arm].get("check")
     ]
     if students:
         told = ", ".join(students[:_TOLD]) + (f" and {len(students) - _TOLD} more" if len(students) > _TOLD else "")
