@@ -204,8 +204,9 @@ def test_a_worker_that_fails_is_told_of(tmp_path):
 def test_checks_come_out_as_they_were_made(alone):
     results = without_timing(alone)
     aa, planted = results["checks"]
-    assert (aa["name"], aa["passed"]) == ("A/A", True), aa["sentence"]
-    assert aa["found"]["low"] <= 0 <= aa["found"]["high"]
+    # Once in twenty times chance shows a difference where there is none, and then it has to say so.
+    assert aa["name"] == "A/A"
+    assert aa["passed"] == (aa["found"]["low"] <= 0 <= aa["found"]["high"]), aa["sentence"]
     assert (planted["name"], planted["passed"]) == ("planted", True), planted["sentence"]
     assert planted["found"]["difference"] == pytest.approx(0.1)
     assert planted["expected"] == pytest.approx(0.1)
