@@ -486,6 +486,18 @@ def test_a_test_file_is_no_training_file(gsm8k):
         drawn(gsm8k / "gsm8k" / "train.jsonl.gz", {"validation": 90})
 
 
+def test_who_only_measures_needs_no_training_file(gsm8k):
+    measured = drawn(gsm8k)[0]["held_out"]
+    (gsm8k / "gsm8k" / "train.jsonl.gz").unlink()
+    for path in (gsm8k, gsm8k / "gsm8k" / "test.jsonl"):
+        splits, task = drawn(path, {"held_out": 40})
+        assert splits["held_out"] == measured
+        assert task.counts["held_out_read"] == 60
+    for sizes, options in ((SIZES, {}), ({"held_out": 40}, {"shots": 2})):
+        with pytest.raises(UsageError, match=r"has no file train\*"):
+            drawn(gsm8k, sizes, **options)
+
+
 def test_examples_are_of_the_training_questions_and_of_no_split(gsm8k):
     splits, _ = drawn(gsm8k, shots=2)
     everything = [question for questions in splits.values() for question in questions]

@@ -131,18 +131,22 @@ def dataset_task(config: TaskConfig, sizes: Mapping[str, int]) -> DrawnTask:
     alone = path is not None and not path.is_dir() and dataset.train is not None
     if path is not None and alone and config.held_out:
         raise UsageError(f"task.path: {path} is one file, but {name} and {tested} are two; give their directory.")
+    learns = bool(learned or config.shots)
     if path is not None and alone and test is not None and stands_for(test, path):
-        raise UsageError(
-            f"task.path: {path} has the name of the test questions of {name}, which are never learned from; give "
-            "the training file, or the directory of both."
-        )
+        if learns:
+            raise UsageError(
+                f"task.path: {path} has the name of the test questions of {name}, which are never learned from; give "
+                "the training file, or the directory of both."
+            )
+        alone = False
     counts: dict[str, int] = {}
     held_out: list[Item] | None = None
     if test is not None and not alone:
         loaded = load(tested, test, _place(config.path, tested, apart=tested != name), config.seed)
         held_out, counts = loaded.items, {f"{HELD_OUT}_{reason}": count for reason, count in loaded.counts.items()}
     pools: dict[str, list[Item]] = {split: [] for split in SPLITS}
-    if dataset.train is not None:
+    # Who only measures on a test set need not have the training set.
+    if dataset.train is not None and (learns or held_out is None):
         loaded = load(name, dataset.train, path, config.seed)
         items, dropped = _apart(loaded.items, held_out or [])
         counts = {**loaded.counts, "held_out_elsewhere_dropped": dropped, **counts}
