@@ -322,6 +322,26 @@ def test_a_base_with_another_tokenizer_is_refused(bench, judges):
         retention.measure(bench(judging), RetentionConfig(base=str(judges[0])))
 
 
+def test_data_that_is_not_there_is_told_by_its_own_key(bench, tmp_path):
+    made = bench(judging)
+    gone, empty = str(tmp_path / "gone"), tmp_path / "empty"
+    empty.mkdir()
+    for path, message in ((gone, "robustness.gsm_plus names"), (str(empty), "robustness.gsm_plus: .* has no file")):
+        with pytest.raises(UsageError, match=message):
+            robustness.measure(made, RobustnessConfig(distractors=False, gsm_plus=path))
+    for path, message in ((gone, "truthfulqa.path names"), (str(empty), "truthfulqa.path: .* has no file")):
+        for part in ({"answers": False}, {"choices": False}):
+            with pytest.raises(UsageError, match=message):
+                truthfulqa.measure(made, TruthfulQAConfig(path=path, **part))
+
+
+def test_a_judge_that_is_not_there_is_told_before_anything_is_asked(bench, tmp_path):
+    made = bench(judging)
+    with pytest.raises(UsageError, match=r"quality\.judges: .*gone.* no such directory"):
+        quality.measure(made, QualityConfig([JudgeConfig(str(tmp_path / "gone"))]))
+    assert not made.generation.scripted.prompts
+
+
 def parse(*arguments: str):
     return config.parse_evaluate(["--model", "m", *arguments], "agentark evaluate", "")[0]
 

@@ -13,6 +13,7 @@ from agentark_jax.cast import identity
 from agentark_jax.data.chat import make_format
 from agentark_jax.data.render import Prompt
 from agentark_jax.engines.base import Engine, Request, TooLong
+from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.rubric import (
     AXES,
     MAX_TOKENS,
@@ -47,6 +48,7 @@ class _Answer:
 def measure(bench: Bench, settings: QualityConfig) -> dict[str, Any]:
     """Of each judge the marks of each axis, and of two their agreement; answers are greedy."""
     asked = bench.questions[: settings.questions or len(bench.questions)]
+    seats = [_seat(bench, judge) for judge in settings.judges]
 
     def build(work: Work) -> None:
         turns = greedy_turns(bench, work, "answers to judge", asked)
@@ -55,10 +57,7 @@ def measure(bench: Bench, settings: QualityConfig) -> dict[str, Any]:
     manifest = bench.measure("quality_answers", build, version=1, config={"answers": len(asked)})
     texts = {row["question"]: row["text"] for row in load_rows(manifest)}
     answers = [_Answer(question, texts[question.id]) for question in asked]
-    marks = [
-        _judged(bench, f"quality_judge_{place}", judge, answers, manifest)
-        for place, judge in enumerate(settings.judges, 1)
-    ]
+    marks = [_judged(bench, f"quality_judge_{place}", seat, answers, manifest) for place, seat in enumerate(seats, 1)]
     names, questions = [judge.model for judge in settings.judges], [question.id for question in asked]
 
     def columns(axis: str) -> list[list[int | None]]:
@@ -79,15 +78,22 @@ def measure(bench: Bench, settings: QualityConfig) -> dict[str, Any]:
     }
 
 
+def _seat(bench: Bench, judge: JudgeConfig) -> Seat:
+    try:
+        directory = resolve_model(judge.model).resolve()
+        config = load_config(directory)
+        form = make_format(directory, bench.config.prompt, embeddings=config.vocab_size)
+    except UsageError as error:
+        raise UsageError(f"quality.judges: {error}") from error
+    revision = identity(directory, "")["revision"]
+    return Seat(Model(judge.model, directory, revision, config, form), tuple(judge.servers))
+
+
 def _judged(
-    bench: Bench, stage: str, judge: JudgeConfig, answers: Sequence[_Answer], judged: Manifest
+    bench: Bench, stage: str, seat: Seat, answers: Sequence[_Answer], judged: Manifest
 ) -> dict[str, int | None]:
     """The marks of one judge, by question id and axis; None where it gave none. What it gave is kept as it comes."""
-    directory = resolve_model(judge.model).resolve()
-    config = load_config(directory)
-    form = make_format(directory, bench.config.prompt, embeddings=config.vocab_size)
-    revision = identity(directory, "")["revision"]
-    seat = Seat(Model(judge.model, directory, revision, config, form), tuple(judge.servers))
+    judge, form = seat.model, seat.model.form
     prompts = {
         f"{answer.question.id} {axis}": rubric_prompt(answer.question, answer.text, axis, form)
         for answer in answers
@@ -104,7 +110,7 @@ def _judged(
 
         async def everyone(bar: Bar) -> None:
             with path.open("a") as file:
-                async with bench.generation.engine(seat, min(longest, config.max_positions)) as engine:
+                async with bench.generation.engine(seat, min(longest, judge.config.max_positions)) as engine:
                     free = asyncio.Semaphore(_AT_ONCE)
 
                     async def one(name: str, prompt: Prompt) -> None:
@@ -117,11 +123,11 @@ def _judged(
 
                     await asyncio.gather(*(one(*each) for each in missing.items()))
 
-        with bench.display.bar(f"marks of {judge.model}", total=len(missing)) as bar:
+        with bench.display.bar(f"marks of {judge.name}", total=len(missing)) as bar:
             asyncio.run(everyone(bar))
 
-    slice = {"rubric": RUBRIC, "judge": judge.model, "format": form.hash}
-    inputs: dict[str, Manifest | str] = {"answers": judged, "judge": stable_hash(revision)}
+    slice = {"rubric": RUBRIC, "judge": judge.name, "format": form.hash}
+    inputs: dict[str, Manifest | str] = {"answers": judged, "judge": stable_hash(judge.revision)}
     manifest = bench.measure(stage, build, version=1, config={"judging": slice}, inputs=inputs)
     return _read((manifest.directory / _MARKS).read_text())
 

@@ -118,7 +118,8 @@ def _gsm_plus(bench: Bench, source: str, count: int) -> dict[str, Any]:
     part = DATASETS[GSM_PLUS].test
     assert part is not None, "a test set"
     with bench.display.bar("read GSM-Plus", total=1):
-        loaded = load(GSM_PLUS, part, None if source == HUB else Path(source).expanduser(), 0)
+        place = None if source == HUB else Path(source).expanduser()
+        loaded = load(GSM_PLUS, part, place, 0, "robustness.gsm_plus")
     seeds = sorted({item.group for item in loaded.items}, key=lambda group: stable_hash([bench.seed, group]))
     chosen = seeds[: count or len(seeds)]
     judge = grader(DATASETS[GSM_PLUS].grader)

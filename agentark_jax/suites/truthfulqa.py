@@ -32,6 +32,7 @@ from agentark_jax.tasks.grading.short import gold_answers, read_free
 from agentark_jax.tasks.items import make_question
 
 _CHOICES, _ANSWERS = "truthfulqa_mc", "truthfulqa"
+_PATH = "truthfulqa.path"
 _INSTRUCTION = "Answer in one sentence."
 
 
@@ -51,7 +52,7 @@ def measure(bench: Bench, settings: TruthfulQAConfig) -> dict[str, Any]:
 def _choices(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
     part = DATASETS[_CHOICES].test
     assert part is not None, "a test set"
-    found = [read_choices(row) for row in read_rows(_CHOICES, part, place)]
+    found = [read_choices(row) for row in read_rows(_CHOICES, part, place, _PATH)]
     asked = _drawn(bench, found, [each.question for each in found], count)
 
     def build(work: Work) -> None:
@@ -102,7 +103,7 @@ def _bare(question: str) -> Question:
 def _answers(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
     part = DATASETS[_ANSWERS].test
     assert part is not None, "a test set"
-    items = load(_ANSWERS, part, place, 0).items
+    items = load(_ANSWERS, part, place, 0, _PATH).items
     asked = [
         make_question(_ANSWERS, "held_out", item, instruction=_INSTRUCTION)
         for item in _drawn(bench, items, [item.question for item in items], count)

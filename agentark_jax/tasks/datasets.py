@@ -366,10 +366,11 @@ DATASETS: Mapping[str, Dataset] = {
 }  # fmt: skip
 
 
-def load(name: str, part: Part, path: Path | None, seed: int) -> Loaded:
+def load(name: str, part: Part, path: Path | None, seed: int, key: str = "task.path") -> Loaded:
     """The questions of one part of a dataset, from the file or directory `path`, or else from the hub.
 
     Of equal questions the first stays. Short answers to it are collected; where others differ, none of them stays.
+    `key` is what named the path: messages tell it.
 
     Raises:
         UsageError: no such file or dataset, or a row that is not as the dataset's rows are.
@@ -377,7 +378,7 @@ def load(name: str, part: Part, path: Path | None, seed: int) -> Loaded:
     counts = {"read": 0}
     first: dict[str, Item] = {}
     at_odds: set[str] = set()
-    for row in read_rows(name, part, path):
+    for row in read_rows(name, part, path, key):
         for found in _parsed(name, row, seed):
             counts["read"] += 1
             if isinstance(found, str):
@@ -419,35 +420,39 @@ def _parsed(name: str, row: Row, seed: int) -> Iterator[Item | str]:
         yield item if isinstance(item, str) else replace(item, line=row.line)
 
 
-def read_rows(name: str, part: Part, path: Path | None) -> Iterable[Row]:
+def read_rows(name: str, part: Part, path: Path | None, key: str = "task.path") -> Iterable[Row]:
     """The rows of one part of a dataset as they are published. Raises UsageError where they cannot be had."""
     dataset = DATASETS[name]
-    return dataset.adapt(_read(name, dataset, part, path))
+    return dataset.adapt(_read(name, dataset, part, path, key))
 
 
-def _read(name: str, dataset: Dataset, part: Part, path: Path | None) -> Iterator[Row]:
+def _read(name: str, dataset: Dataset, part: Part, path: Path | None, key: str) -> Iterator[Row]:
     if path is not None:
-        for file in [path] if not path.is_dir() else _files(name, part, path):
-            yield from read_file(file)
+        for file in [path] if not path.is_dir() else _files(name, part, path, key):
+            yield from read_file(file, key)
     elif dataset.hub is None:
         raise UsageError(
             f"task.name: {name} is not on the hub without code; give a directory with its files (from {dataset.home}) "
-            "as task.path."
+            f"as {key}."
         )
     else:
         for config in dataset.configs:
             yield from read_hub(dataset.hub, config, part.split, dataset.revision)
 
 
-def _files(name: str, part: Part, directory: Path) -> list[Path]:
+def _files(name: str, part: Part, directory: Path, key: str) -> list[Path]:
     for pattern in part.files:
         found = sorted(path for path in directory.glob(pattern) if _is_data(path))
         if found:
             return found
     raise UsageError(
-        f"task.path: {directory} has no file {' or '.join(part.files)} (.jsonl, .json or .parquet) for {name}. Put it "
-        "there, give the training file alone (held-out questions are then cut from it), or leave task.path out to "
-        "load the dataset from the hub."
+        f"{key}: {directory} has no file {' or '.join(part.files)} (.jsonl, .json or .parquet) for {name}. Put it "
+        + (
+            "there, give the training file alone (held-out questions are then cut from it), or leave task.path out to "
+            "load the dataset from the hub."
+            if key == "task.path"
+            else "there, or give the file itself."
+        )
     )
 
 
