@@ -22,6 +22,7 @@ import yaml
 from agentark_jax import config as configuration
 from agentark_jax.arms import STUDENT
 from agentark_jax.config import RunConfig
+from agentark_jax.directory import check_same_config
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import write_text
 from agentark_jax.report import words
@@ -187,16 +188,19 @@ def run_cells(
 ) -> list[str]:
     """Run what is missing of worker `shard`'s share (from 0, of `shards`) of the cells; the names of those that failed.
 
+    With `--update` among the options of the sweep, what is done is run again, too, which redoes what has changed.
+
     Args:
         say: told what happens.
         run: runs `agentark run` with these options, and gives its exit code.
 
-    Raises: UsageError, before anything runs, where a cell of the share that is not done is not a configuration.
+    Raises: UsageError, before anything runs, where a cell of the share is not a configuration, or not the one with
+        which it was made.
     """
-    cells = list(sweep.grid.cells())[shard::shards]
-    missing = [cell for cell in cells if sweep.state(cell) != "done"]
-    for cell in missing:
-        sweep.config(cell)
+    cells, update = list(sweep.grid.cells())[shard::shards], "--update" in sweep.options
+    missing = [cell for cell in cells if update or sweep.state(cell) != "done"]
+    for cell in cells:
+        check_same_config(sweep.config(cell), update=update)
     say(f"{len(cells) - len(missing)} of {len(cells)} cells of this share are done.")
     failed = []
     for place, cell in enumerate(missing, 1):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from agentark_jax.cli import main
+from agentark_jax.config import to_yaml
 from agentark_jax.errors import UsageError
 from agentark_jax.sweep import Cell, Sweep, as_csv, entries, load_sweep, run_cells
 
@@ -121,6 +122,28 @@ def test_workers_share_the_cells_and_leave_alone_what_is_done(tmp_path):
     assert ran == ["large-a2", "own-a2"]
     assert "large-a2: failed with exit code 1" in told
     assert told[-1] == "1 of 1 cells of this share are done."
+
+
+def test_a_cell_that_was_made_with_another_configuration_is_not_taken_for_done(tmp_path):
+    sweep = sweep_at(tmp_path)
+    finish(sweep, "large-a3", base=0.5, student=0.5)
+    directory = sweep.grid.directory / "large-a3"
+    (directory / "config.yaml").write_text(to_yaml(sweep.config(Cell({"teacher": "large", "agents": "a3"}))))
+    (directory / "debate").mkdir()
+    (directory / "debate" / "manifest.json").write_text("{}")
+    ran = []
+
+    def run(arguments: list[str]) -> int:
+        ran.append(arguments[arguments.index("--name") + 1])
+        return 0
+
+    assert run_cells(sweep, 1, 3, lambda _: None, run) == []
+    changed = GRID.replace("debate.temperature: 0.5", "debate.temperature: 0.7")
+    with pytest.raises(UsageError, match=r"different: debate\.temperature \(0\.5 → 0\.7\)"):
+        run_cells(sweep_at(tmp_path, changed), 1, 3, lambda _: None, run)
+    assert not ran
+    assert run_cells(sweep_at(tmp_path, changed, "--update"), 1, 3, lambda _: None, run) == []
+    assert ran == ["large-a3"]
 
 
 def test_the_list_says_what_is_done(tmp_path, capsys):
