@@ -96,8 +96,8 @@ done is reused; interrupt or kill it at any moment and start it again.
 REPORT_DESCRIPTION = """\
 Write results.json, report.html and summary.md of a finished run again, from what its directory holds: configuration,
 manifests, predictions and the trace store. Nothing is generated, trained or computed on a device; models and data may
-be gone and the directory may have moved. Every file read is checked against its manifest, and one that was changed is
-named.
+be gone and the directory may have moved. Every file of a stage is checked against its manifest, and one that was
+changed is named; what the trace store holds is checked by `agentark traces verify`.
 
   agentark report runs/quickstart
 """
@@ -109,7 +109,7 @@ that all cells have; `axes`, which give labels to keys and values; and maybe `on
 {teacher: qwen3_32b, agents: [a5, a10]}.
 
 Cells that are done are left alone, one that fails does not stop the others. Options that are not the sweep's are those
-of all its runs.
+of all its runs; where those or the file have changed since a cell was done, --update redoes what depends on it.
 
 --shard I/N runs the cells of worker I (from 0) of N. --dry-run lists all cells, and whether they are done.
 --table accuracy, or difference (paired, to the base), takes axes for --rows and --columns, `arm` among them, and

@@ -127,7 +127,7 @@ def make_all(config: RunConfig, arguments: Sequence[str], workers: int, *, updat
     failed = [shard for shard, code in enumerate(codes) if code]
     if failed:
         kind = UsageError if codes[failed[0]] == UsageError.exit_code else AgentArkError
-        named = " and ".join(map(str, failed))
+        named = " and ".join(f"{shard}{_killed(codes[shard])}" for shard in failed)
         raise kind(f"worker {named} of {workers} failed, see above. What is done is kept: the same command goes on.")
 
 
@@ -139,10 +139,16 @@ def _cores(workers: int) -> list[list[int]]:
     return [here[len(here) * shard // workers : len(here) * (shard + 1) // workers] for shard in range(workers)]
 
 
+def _killed(code: int) -> str:
+    """What an exit code says of a worker that could not say it itself."""
+    return f" (killed by signal {-code})" if code < 0 else ""
+
+
 def _show(shard: int, worker: subprocess.Popen[str]) -> None:
     assert worker.stdout is not None, "it is piped"
-    for line in worker.stdout:
-        print(_said_by(shard, line), end="", flush=True)
+    with worker.stdout:
+        for line in worker.stdout:
+            print(_said_by(shard, line), end="", flush=True)
 
 
 def _said_by(shard: int, line: str) -> str:

@@ -12,10 +12,12 @@ from test_run import CONFIG, complete, start, without_timing
 
 from agentark_jax.arms import dealt
 from agentark_jax.cli import main
+from agentark_jax.config import parse
+from agentark_jax.errors import AgentArkError
 from agentark_jax.evaluation.predictions import load_predictions
 from agentark_jax.stages import Run, locked, read_manifest
 from agentark_jax.traces.store import TraceStore
-from agentark_jax.workers import _cores
+from agentark_jax.workers import _cores, make_all
 
 ARMS = ("gold", "student_after_gold", "samples_budget", "twin", "planted")
 # Students that hardly differ from the base, so that the twin does not either.
@@ -107,6 +109,18 @@ def test_shards_and_workers_must_make_sense(refusal):
     assert "give how many, 1 or more" in refusal("attribute", "--workers", "0")
     assert "does not go with --shard" in refusal("attribute", "--shard", "0/2", "--update")
     assert "does not go with --shard" in refusal("attribute", "--shard", "0/2", "--workers", "2")
+
+
+def test_a_worker_that_was_killed_is_told_of(tmp_path, monkeypatch):
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -9 $$\n")
+    killed.chmod(0o755)
+    monkeypatch.setattr("agentark_jax.workers.sys.executable", str(killed))
+    config, _ = parse(["--config", str(CONFIG), "--root", str(tmp_path)], "agentark attribute", "")
+    with pytest.raises(
+        AgentArkError, match=r"worker 0 \(killed by signal 9\) and 1 \(killed by signal 9\) of 2 failed"
+    ):
+        make_all(config, [], 2, update=False)
 
 
 def test_nobody_gathers_while_a_worker_is_at_work(tmp_path, refusal):
