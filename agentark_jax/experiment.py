@@ -177,7 +177,9 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome], directory: Path) -> 
     path = directory / "results.json"
     if path.exists() and all(manifest.reused for outcome in outcomes for manifest in outcome.manifests):
         try:
-            results["timing"] = json.loads(path.read_text())["timing"]
+            before = json.loads(path.read_text())["timing"]
+            if _times(before) == _times(results["timing"]):  # and not of other stages that were there before
+                results["timing"] = before
         except (ValueError, KeyError, TypeError) as error:
             raise AgentArkError(f"{path}: damaged ({error}). Delete it and run again.") from error
     write_json(path, results)
@@ -185,6 +187,11 @@ def _report(config: RunConfig, outcomes: Sequence[Outcome], directory: Path) -> 
     with TraceStore(outcomes[0].directory / STORE, read_only=True) as store:
         write_report(directory / "report.html", results, Transcripts(outcomes[0], store.texts))
     return results
+
+
+def _times(timing: Mapping[str, Any]) -> dict[str, Any]:
+    """The times of a run without whether its stages were made or found."""
+    return {**timing, "stages": [{**stage, "reused": None} for stage in timing["stages"]]}
 
 
 def _telemetry(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -97,6 +97,9 @@ def load_outcome(seed: int, directory: Path) -> Outcome:
         listed = json.loads(path.read_text())
         if not isinstance(listed, Mapping):
             raise ValueError("it is not a mapping")
+        for stage in listed:
+            if Path(stage).name != stage:
+                raise ValueError(f"{stage!r} is no stage of this directory")
     except (OSError, ValueError) as error:
         raise AgentArkError(f"{path}: damaged ({error}). Run `agentark run` again, it writes that file.") from error
     manifests = [_finished(directory / stage, fingerprint) for stage, fingerprint in listed.items()]

@@ -238,6 +238,8 @@ def read_manifest(directory: Path, *, models: bool = True) -> Manifest | None:
         raise AgentArkError(f"{path}: damaged ({error}). {fix}") from error
     for artefact in manifest.artefacts:
         file = directory / artefact.path
+        if not file.resolve().is_relative_to(directory.resolve()):
+            raise AgentArkError(f"{path}: damaged ({artefact.path} is not in {directory}). {fix}")
         if not file.exists():
             if not models and _MODELS.intersection(file.relative_to(directory).parts):
                 continue

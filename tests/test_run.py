@@ -519,6 +519,10 @@ def test_a_changed_prediction_is_named(finished, tmp_path, capsys):
     [
         ("stages.json", None, "this run did not finish"),
         ("stages.json", "[]", "stages.json: damaged"),
+        ("stages.json", '{"../elsewhere/questions": "f"}', "'../elsewhere/questions' is no stage of this directory"),
+        ("results.json", "[]", "results.json: damaged"),
+        ("results.json", '{"timing": 5}', "results.json: damaged"),
+        ("results.json", '{"timing": {"stages": 5}}', "results.json: damaged"),
         ("select/manifest.json", None, "select: this stage is not finished"),
         ("config.yaml", None, "config.yaml: missing. Give the directory of a finished run"),
     ],
@@ -531,3 +535,15 @@ def test_a_run_that_is_not_whole_has_no_report(finished, tmp_path, capsys, file,
         (directory / file).write_text(content)
     assert main(["report", str(directory)]) in (1, 2)
     assert complaint in capsys.readouterr().err
+
+
+def test_times_of_stages_that_are_no_more_are_not_told(finished, tmp_path):
+    directory = moved(finished, tmp_path)
+    results = json.loads((finished / "results.json").read_text())
+    known = results["timing"]["stages"][0]
+    for stage in (known | {"seconds": known["seconds"] + 1}, known | {"stage": "../<b>", "seconds": "long"}):
+        results["timing"]["stages"][0] = stage
+        (directory / "results.json").write_text(json.dumps(results))
+        assert main(["report", str(directory)]) == 0
+        told = json.loads((directory / "results.json").read_text())["timing"]["stages"][0]
+        assert told == known | {"reused": True}

@@ -99,6 +99,18 @@ def test_damage_is_named_with_its_fix_and_never_trusted(tmp_path, damage, messag
     assert f"Delete {tmp_path / 'stage'}" in str(raised.value)
 
 
+def test_a_manifest_lists_files_of_its_own_stage_alone(tmp_path):
+    produce(Run(tmp_path))
+    (tmp_path / "secret").write_text("result")
+    path = tmp_path / "stage" / "manifest.json"
+    for elsewhere in ("../secret", str(tmp_path / "secret"), "/nowhere/secret"):
+        stored = json.loads(path.read_text())
+        stored["artefacts"][0]["path"] = elsewhere
+        path.write_text(json.dumps(stored))
+        with pytest.raises(AgentArkError, match=r"manifest\.json: damaged .*secret is not in"):
+            read_manifest(tmp_path / "stage", models=False)
+
+
 def test_the_manifest_tells_what_the_stage_did(tmp_path):
     produce(Run(tmp_path))
     manifest = json.loads((tmp_path / "stage" / "manifest.json").read_text())
