@@ -84,9 +84,11 @@ EVALUATE_DESCRIPTION = """\
 Measure what one model can do on one task: any directory in Hugging Face format or hub id, whoever made it.
 
 Suites: `accuracy` (one greedy answer, samples with their vote and pass@k, a debate and other methods on the same
-questions) and `self_correction` (what becomes of right and wrong answers under check prompts, of the model's own errors
-and of others', planted or not). Results: <root>/<name>/results.json, predictions.jsonl by stage, traces.sqlite. What is
-done is reused; interrupt or kill it at any moment and start it again.
+questions), `self_correction` (what becomes of right and wrong answers under check prompts, of the model's own errors
+and of others', planted or not), `robustness` (distractors, the order of choices, GSM-Plus), `truthfulqa` (MC1, MC2 and
+free answers), `generalisation` (other tasks with free answers), `retention` (NLL and KL against the base on reasoning)
+and `quality` (marks of judges). Results: <root>/<name>/results.json, what every stage found in a folder of its own,
+traces.sqlite. What is done is reused; interrupt or kill it at any moment and start it again.
 
   agentark evaluate --model runs/quickstart/model --task.name gsm8k --task.path gsm8k/ --questions 200
   agentark evaluate --model Qwen/Qwen3-0.6B --task.name gsm8k --suites "[accuracy, self_correction]" --name qwen

@@ -44,6 +44,10 @@ def test_what_cannot_be_evaluated_is_refused_with_the_key_and_the_fix(arguments,
         parse(*arguments)
 
 
+def test_help_tells_of_every_suite():
+    assert [suite for suite in SUITES if f"`{suite}`" not in cli.EVALUATE_DESCRIPTION] == []
+
+
 def test_the_configuration_of_an_evaluation_is_read_from_a_file_and_options(tmp_path):
     file = tmp_path / "e.yaml"
     file.write_text("model: dir\nquestions: 7\naccuracy: {samples: 3}\n")
