@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentark_jax.data.planting import another_number, plant, plantable, right_solution, split, wrong_solution
+from agentark_jax.data.planting import (
+    another_number,
+    plant,
+    plantable,
+    recoverable,
+    right_solution,
+    split,
+    wrong_solution,
+)
 from agentark_jax.records import Question
 
 SOLUTION = "3+4=7\n7*2=14\nThe answer is 14."
@@ -51,6 +59,14 @@ def test_another_number_is_near_never_the_same_and_never_negative(value, seed):
         assert 1 <= abs(int(other.replace(",", "")) - value) <= 9
         assert int(other.replace(",", "")) >= 0
         assert ("," in other) <= ("," in written)
+
+
+def test_who_has_stated_an_answer_does_not_go_on():
+    boxed = "We add.\n3+4=7\nThus $7 \\cdot 2 = \\boxed{14}$.\nThat is 14 apples.\nThe answer is $\\boxed{14}$."
+    assert plantable(boxed) == [1, 2, 3]
+    assert recoverable(boxed) == [1]
+    assert recoverable(SOLUTION) == plantable(SOLUTION) == [0, 1]
+    assert recoverable("Seven.\nThe answer is 7.") == []
 
 
 def test_peers_are_right_and_wrong_solutions_of_one_question():

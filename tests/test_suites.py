@@ -179,6 +179,20 @@ def test_self_correction_tells_a_known_model_as_it_is(bench_of):
     assert engine.prompts == []
 
 
+def test_no_solution_is_begun_that_has_come_to_its_answer(bench_of):
+    def script(place, question, prompt, sampling):
+        """What it boxes is an answer; the words after it are only said."""
+        return (
+            f"{question.rationale.splitlines()[0]}\nSo \\boxed{{{question.answer}}}.\nThe answer is {question.answer}."
+        )
+
+    bench, _ = bench_of(script)
+    self_correction.measure(bench, SelfCorrectionConfig(localisation=False))
+    recovered = rows(bench, "recovery")
+    assert {row["source"] for row in recovered} == {"own"}
+    assert {row["step"] for row in recovered} == {0}
+
+
 def rows(bench, stage: str) -> list[dict]:
     path = bench.run.directory / f"self_correction_{stage}" / "rows.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]

@@ -52,6 +52,13 @@ def plantable(text: str) -> list[int]:
     return [place for place in range(last) if _result(steps[place]) is not None]
 
 
+def recoverable(text: str) -> list[int]:
+    """The plantable steps before any that states an answer, such as "\\boxed{7}": who has answered does not go on."""
+    stated = (place for place, step in enumerate(split(text)) if answer_begins(step) is not None)
+    first = next(stated, len(text))
+    return [place for place in plantable(text) if place < first]
+
+
 def plant(text: str, step: int, seed: int) -> Planted:
     """A text with an error in one of its plantable steps; the same seed, text and step give the same error.
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agentark_jax.asking import flatten, keep_keys
-from agentark_jax.data.planting import plant, plantable, right_solution, split, wrong_solution
+from agentark_jax.data.planting import plant, plantable, recoverable, right_solution, split, wrong_solution
 from agentark_jax.evaluation import self_correction as metrics
 from agentark_jax.evaluation.config import SelfCorrectionConfig
 from agentark_jax.evaluation.steps import first_errors
@@ -128,10 +128,10 @@ def recover(bench: Bench, settings: SelfCorrectionConfig, firsts: Sequence[First
     asked, about = {}, {}
     for first in firsts:
         source, text = (
-            ("own", first.text) if first.right and plantable(first.text) else ("gold", first.question.rationale)
+            ("own", first.text) if first.right and recoverable(first.text) else ("gold", first.question.rationale)
         )
         inquiries = []
-        for step in plantable(text)[: settings.steps]:
+        for step in recoverable(text)[: settings.steps]:
             error = plant(text, step, bench.seed)
             clean = "".join(split(text)[: step + 1])
             for role, begun in (("planted", error.beginning), ("clean", clean)):
