@@ -172,7 +172,8 @@ def test_self_correction_tells_a_known_model_as_it_is(bench_of):
     assert figures["verification"]["steps"]["share"] == 0.0
     assert len(engine.prompts) == COUNT * (1 + 5 + 2 * 2 + 2 + 1)
     text = printed(self_correction.tables(figures))
-    assert re.search(r"blind spot, wait +100\.0", text)
+    # A ratio of four that are corrected to none, without an interval, says so.
+    assert re.search(r"blind spot, wait \(too few corrected for an interval\) +100\.0", text)
 
     again, engine = bench_of(corrector)
     assert self_correction.measure(again, SelfCorrectionConfig(steps=2)) == figures

@@ -336,7 +336,8 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
         others.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, spot in figures["blind_spot"].items():
         row = {"share": spot["rate"], **{key: spot[key] for key in ("low", "high", "n")}}
-        _add(others, f"blind spot, {name}", row)
+        unsure = row["share"] is not None and row["low"] is None
+        _add(others, f"blind spot, {name}{' (too few corrected for an interval)' if unsure else ''}", row)
     _add(others, "planted error, ends right", figures["recovery"]["planted"])
     _add(others, "the same without the error", figures["recovery"]["clean"])
     for step in figures["recovery"]["by_step"]:
