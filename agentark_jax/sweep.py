@@ -240,11 +240,15 @@ def entries(sweep: Sweep, measure: Measure, where: Filter) -> list[Entry]:
         raise UsageError("--where: no cell of the sweep has these labels together; --dry-run lists the cells.")
     figures = [_figures(sweep.grid.directory / cell.name / "results.json", measure) for cell in cells]
     arms = where.get(ARM) or list(dict.fromkeys([*(arm for each in figures for arm in each), STUDENT]))
-    return [
+    found = [
         Entry({**cell.labels, ARM: arm}, *each.get(arm, ()))
         for cell, each in zip(cells, figures, strict=True)
         for arm in arms
+        if arm in each or not each  # a cell that is done has no further arms
     ]
+    if not found:
+        raise UsageError(f"--where: no cell has the arm {' or '.join(arms)}; look into its results.json.")
+    return found
 
 
 def _figures(path: Path, measure: Measure) -> dict[str, tuple[float, float, float, int]]:

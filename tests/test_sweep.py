@@ -172,7 +172,7 @@ def test_the_table_has_what_is_there_and_says_what_is_missing(tmp_path, capsys):
         "| 25.0 \\[20.0, 30.0\\] (n = 200) |"
     )
     assert shown[3] == "| large | a3 | missing | missing | missing |"
-    assert shown[4].endswith("| missing |"), "an arm that this cell does not have"
+    assert shown[4].endswith(" (n = 200) |  |"), "an arm that this cell does not have"
     assert (sweep.grid.directory / "accuracy.md").read_text().splitlines() == shown
 
     chosen = ["--rows", "agents", "--columns", "teacher", "--where", "arm=student"]
@@ -207,6 +207,15 @@ def test_a_table_that_cannot_be_is_refused(tmp_path, capsys, options, complaint)
     arguments = ["sweep", "--config", str(sweep.file), "--root", str(tmp_path / "runs"), "--table", "accuracy"]
     assert main([*arguments, *options]) == 2
     assert complaint in capsys.readouterr().err
+
+
+def test_an_arm_that_no_cell_has_is_refused(tmp_path, capsys):
+    sweep = sweep_at(tmp_path)
+    for cell in CELLS:
+        finish(sweep, cell, base=0.5, student=0.625)
+    arguments = ["sweep", "--config", str(sweep.file), "--root", str(tmp_path / "runs"), "--table", "accuracy"]
+    assert main([*arguments, "--where", "arm=glod"]) == 2
+    assert "--where: no cell has the arm glod" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
