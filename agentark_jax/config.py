@@ -449,7 +449,7 @@ def _parse(
     group: type[T], check: Callable[[Namespace], None], arguments: Sequence[str], prog: str, description: str
 ) -> tuple[T, bool]:
     """What `parse` says, for the configuration `group`; `check` raises for parts that do not know their own keys."""
-    parser = _Parser(prog=prog, description=description, default_env=False)
+    parser = _Parser(prog=prog, description=description, default_env=False, allow_abbrev=False)
     parser.add_argument(
         "--config", action="config", help="YAML file with any of the keys below; later files and options win."
     )
@@ -481,7 +481,9 @@ def parse_prm(
     Raises:
         UsageError: as `parse`.
     """
-    parser = _Parser(prog=prog, description=description, default_env=False, formatter_class=_Formatter)
+    parser = _Parser(
+        prog=prog, description=description, default_env=False, allow_abbrev=False, formatter_class=_Formatter
+    )
     for name, settings in options.items():
         parser.add_argument(f"--{name}", **settings)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys; later files and options win")

@@ -209,3 +209,9 @@ def test_the_saved_configuration_is_complete(tmp_path):
     saved = yaml.safe_load(config.to_yaml(parse()))
     assert set(saved) == set(config.RunConfig.__dataclass_fields__)
     assert config.flat(saved)["warm_start.answer.learning_rate"] == parse().warm_start.answer.learning_rate
+
+
+@pytest.mark.parametrize("key", ["--questions.debat", "--upd"])
+def test_a_key_that_is_cut_short_is_not_taken_for_the_one_it_begins(key):
+    with pytest.raises(UsageError, match=r"unknown key .*Did you mean (questions\.debate|update)"):
+        parse(key, "3")
