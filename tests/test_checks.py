@@ -67,7 +67,7 @@ def test_an_effect_that_nobody_planted_and_one_that_is_not_found_are_called_wron
     aa, planted = sentences({"student": arm(none), "twin": arm(half), "planted": arm(half)}, 0.1)
     assert not aa[0]
     assert "+50.0 points" in aa[1]
-    assert "WRONG: an effect where there is none, which chance does once in 20 times" in aa[1]
+    assert "WRONG: an effect where there is none, which chance alone shows once in 20 times" in aa[1]
     assert not planted[0]
     assert "planted +10.0 points" in planted[1]
     assert "WRONG: the interval does not hold it" in planted[1]
@@ -77,6 +77,7 @@ def test_an_effect_that_nobody_planted_and_one_that_is_not_found_are_called_wron
     assert passed
     assert found
     assert "no effect shown, as must be" in told
+    assert "twin over student: 0.0 points" in told
     assert amount.endswith("n = 40: found, as must be")
 
 

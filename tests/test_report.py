@@ -212,7 +212,7 @@ def test_what_holm_takes_back_is_not_called_a_difference():
     )
     shown = Page(render(results, [])).words
     assert "0.031 0.062" in shown
-    assert "Holm's correction for all 3 of this report" in shown
+    assert "Holm's correction for all 3 of this table." in shown
     assert "▲ higher" not in shown
     assert "▲ higher" in Page(render(full_results(), [])).words
     out = io.StringIO()
@@ -451,6 +451,23 @@ def test_the_front_of_accuracy_against_tokens_is_marked():
     assert plot is not None
     assert [row[-1] for row in plot.rows] == ["no", "yes", "yes", "no", "no"]
     assert "“Single-agent student at equal tokens”, “Debate student”." in plot.caption
+
+
+def test_checks_are_neither_on_the_front_nor_students_that_learned():
+    results = full_results()
+    check = results["arms"]["student"] | {"label": "Planted", "accuracy": 1.0, "high": 1.0, "check": True}
+    results["arms"]["planted"] = check
+    results["training"]["planted"] = next(iter(results["training"].values()))
+    plot = plots.accuracy_tokens(results["arms"])
+    assert "Planted" not in plot.caption
+    assert "Planted" not in [row[0] for row in plot.rows]
+    assert words.work_done(results) == words.work_done(full_results())
+
+
+def test_a_model_without_a_name_is_a_model():
+    results = full_results()
+    results["model"] |= {"name": "small Qwen3-shaped model", "source": "scratch"}
+    assert words.work_done(results).startswith("The model is a small Qwen3-shaped model (")
 
 
 def test_every_arm_is_labelled():

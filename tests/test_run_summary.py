@@ -34,6 +34,7 @@ def test_it_states_every_part_with_intervals_and_counts(given):
     for arm in given["attribution"]["arms"]:
         assert f"| {arm['label']} |" in learned
     assert "| 50 rollouts |" in learned
+    assert "| base | nothing more | base | – |" in learned
     contrasts = section(plain, "Contrasts")
     for contrast in given["attribution"]["contrasts"]:
         assert f"*{contrast['asks']}* {contrast['sentence']}." in contrasts

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from agentark_jax.arms import ARMS, LEARNED, STUDENT, Arm, Judged, data_of, label_of, start_of
 from agentark_jax.evaluation import summary
-from agentark_jax.evaluation.statistics import seed_level_interval
+from agentark_jax.evaluation.statistics import seed_level_interval, signed_points
 from agentark_jax.evaluation.summary import Predictions
 from agentark_jax.traces.config import Variant
 from agentark_jax.training.rl_config import RLConfig, verifiable_only
@@ -364,7 +364,8 @@ def _paid_off(row: Mapping[str, Any]) -> str:
         most = "no end" if row["queries_high"] is None else f"{row['queries_high']:,.0f}"
         text = f"pays for its making after {row['queries']:,.0f} questions"
         text += f" ({100 * row['level']:g} % interval {row['queries_low']:,.0f} to {most})"
-    right = f"accuracy {_points(row['difference'])} points, interval {_points(row['low'])} to {_points(row['high'])}"
+    low, high = signed_points(row["low"]), signed_points(row["high"])
+    right = f"accuracy {signed_points(row['difference'])} points, interval {low} to {high}"
     return f"{label_of(row['arm'])} in the place of the base's {row['against']}: {text}; {right}, n = {row['n']:,}"
 
 
@@ -408,14 +409,9 @@ def _verdict(contrast: Mapping[str, Any]) -> Verdict:
 
 def _against(contrast: Mapping[str, Any], verdict: Verdict) -> str:
     b, detectable = contrast["b"], contrast["minimum_detectable"]
-    size = _points(contrast["difference"])
+    size = f"{signed_points(contrast['difference'])} points"
     if verdict == "mixed":
-        size += f"; by seed {', '.join(map(_points, contrast['per_seed']))}"
+        size += f"; by seed {', '.join(map(signed_points, contrast['per_seed']))}"
     if verdict == "level with" and detectable is not None:
         size += f", detectable from {100 * detectable:.1f}"
     return f"{_label(b)} ({size})"
-
-
-def _points(share: float) -> str:
-    text = f"{100 * share:+.1f}".replace("-", "−")
-    return "0.0" if text in ("+0.0", "−0.0") else text

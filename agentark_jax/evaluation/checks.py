@@ -16,7 +16,7 @@ from agentark_jax.data.render import Format
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.config import planted_count
 from agentark_jax.evaluation.predictions import Prediction
-from agentark_jax.evaluation.statistics import PairedDifference
+from agentark_jax.evaluation.statistics import PairedDifference, signed_points
 from agentark_jax.evaluation.summary import difference
 from agentark_jax.records import Completion, Question, Turn, stable_hash
 from agentark_jax.tasks.items import answered
@@ -131,9 +131,9 @@ def _planted(turn: Turn, text: str, form: Format) -> Turn:
 
 
 def _told(found: PairedDifference) -> str:
-    points = [f"{100 * value:+.1f}".replace("-", "−") for value in (found.difference, found.low, found.high)]
+    points = [signed_points(value) for value in (found.difference, found.low, found.high)]
     return f"{points[0]} points, {100 * found.level:g} % interval {points[1]} to {points[2]}, n = {found.n}"
 
 
 def _odds(found: PairedDifference) -> str:
-    return f"which chance does once in {round(1 / (1 - found.level))} times"
+    return f"which chance alone shows once in {round(1 / (1 - found.level))} times"

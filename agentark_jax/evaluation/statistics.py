@@ -217,7 +217,7 @@ def sentence(comparison: str, result: PairedDifference, p_holm: float | None = N
     `p_holm` is its p value after Holm's correction, where it is one of a `family` of so many: an effect is stated only
     where that is below 1 − `result.level` too.
     """
-    low, high = _signed(result.low), _signed(result.high)
+    low, high = signed_points(result.low), signed_points(result.high)
     questions = f"n = {result.n}" + ("" if result.clusters == result.n else f" on {result.clusters} questions")
     if result.excludes_zero:
         verdict = f"{'higher' if result.difference > 0 else 'lower'} (p {_p_text(result.p_value)})"
@@ -232,7 +232,7 @@ def sentence(comparison: str, result: PairedDifference, p_holm: float | None = N
     else:
         verdict = f"no effect shown at this size; detectable from {100 * result.minimum_detectable:.1f}"
     return (
-        f"{comparison}: {_signed(result.difference)} points, "
+        f"{comparison}: {signed_points(result.difference)} points, "
         f"{100 * result.level:g} % interval {low} to {high}, {questions}: {verdict}"
     )
 
@@ -306,7 +306,7 @@ def _tango_interval(better: float, worse: float, n: float, level: float) -> tupl
     return limit(-1.0), limit(1.0)
 
 
-def _signed(share: float) -> str:
+def signed_points(share: float) -> str:
     text = f"{100 * share:+.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 

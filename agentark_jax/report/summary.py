@@ -22,7 +22,7 @@ def run_summary(results: Mapping[str, Any]) -> str:
         lines += ["", "## What the arms learned from", "", *_learned(given["arms"])]
     lines += ["", *_comparisons(results)]
     if given:
-        lines += ["", *_cost(given["break_even"])]
+        lines += ["", *_cost(results, given["break_even"])]
     lines += ["", *_provenance(results["run"]), ""]
     return "\n".join(lines)
 
@@ -48,7 +48,7 @@ def _learned(arms: Sequence[Mapping[str, Any]]) -> list[str]:
             arm["label"],
             arm["learns"] or "nothing more",
             arm["kind"],
-            "yes" if arm["matched"] else "no",
+            words.NONE if arm["kind"] == "base" else "yes" if arm["matched"] else "no",
             words.number(arm["trajectories"]) if arm["rollouts"] is None else f"{arm['rollouts']:,} rollouts",
             words.number(arm["loss_tokens"]),
             words.number(arm["steps"]),
@@ -76,15 +76,17 @@ def _comparisons(results: Mapping[str, Any]) -> list[str]:
     return ["## Contrasts", "", *lines, *(["", "## Checks of the harness", "", *checks] if checks else [])]
 
 
-def _cost(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cost(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     made = {row["arm"]: row["distillation"] for row in rows}
     told = [f"- {text(row['sentence'])}." for row in rows]
     note = (
         "Tokens count once where they are read or written and three times where they are learned from; the warm start "
         "is left out."
     )
-    amounts = ", ".join(f"{text(name)} {words.size(round(cost))}" for name, cost in made.items())
-    return ["## Break-even", "", note, f"To make: {amounts}.", "", *told]
+    amounts = ", ".join(
+        f"{text(words.arm_label(results, name))} {words.size(round(cost))}" for name, cost in made.items()
+    )
+    return ["## Break-even", "", note, f"Tokens to make: {amounts}.", "", *told]
 
 
 def _provenance(run: Mapping[str, Any]) -> list[str]:
