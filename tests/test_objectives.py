@@ -64,12 +64,18 @@ def both(hidden, head, targets, coefficients, mask, chunk, soft_cap):
 )
 def test_chunked_equals_dense_in_values_and_gradients(seed, case, share):
     tokens, chunk, soft_cap = case
-    ours, reference, alone, undifferentiated = both(
-        *problem(seed, tokens, 17, 6, share), chunk=chunk, soft_cap=soft_cap
-    )
-    jax.tree.map(assert_close, ours, reference)
+    given = problem(seed, tokens, 17, 6, share)
+    ours, reference, alone, undifferentiated = both(*given, chunk=chunk, soft_cap=soft_cap)
+    total, nll = reference[0]
+    terms = float(
+        jnp.abs(3.0 * given[3] * nll).sum()
+    )  # they have both signs, and their sum the rounding of the largest
+    for value in (ours[0][0], undifferentiated[0]):
+        np.testing.assert_allclose(value, total, rtol=0, atol=1e-6 * max(1.0, terms))
+    for scores in (ours[0][1], undifferentiated[1]):
+        assert_close(scores, nll)
+    jax.tree.map(assert_close, ours[1], reference[1])
     jax.tree.map(assert_close, alone, reference[1])
-    jax.tree.map(assert_close, undifferentiated, reference[0])
 
 
 def test_per_token_nll_carries_no_gradient():
