@@ -23,6 +23,9 @@ from agentark_jax.protocols.table import Pool, Result
 from agentark_jax.records import Label, Question, Turn
 from agentark_jax.stages import Work
 
+# Protocols of independent answers, as the store names them: one greedy, one sampled, several sampled.
+GREEDY, ONCE, SAMPLED = "single_greedy", "single_once", "single_sampled"
+
 
 def ask_alone(
     generation: Generation,

@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from agentark_jax.arms import ARMS, PLANTED, STUDENT, TWIN, Arm, Judged, Source, data_of, start_of
-from agentark_jax.asking import ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
+from agentark_jax.asking import (
+    GREEDY,
+    ONCE,
+    SAMPLED,
+    ask_alone,
+    ask_debate,
+    ask_method,
+    flatten,
+    keep_keys,
+    keep_predictions,
+)
 from agentark_jax.cast import Agents, Cast, identity, model_directory, size
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
@@ -72,7 +82,7 @@ from agentark_jax.training.rl_job import RLJob, reinforce
 from agentark_jax.training.state import partition
 from agentark_jax.verifier import last_answers, verify
 
-WARM_START, GREEDY, ONCE, SAMPLED = "warm_start", "single_greedy", "single_once", "single_sampled"
+WARM_START = "warm_start"
 
 # What a run can stop after; each part needs the ones before it.
 PARTS = WARM_UP, DEBATE_PART, SELECT, FIT, EVERYTHING = "warm-start", "debate", "select", "fit", "everything"

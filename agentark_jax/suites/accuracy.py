@@ -8,11 +8,10 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from agentark_jax.asking import ask_alone, ask_debate, ask_method, flatten, keep_keys, keep_predictions
+from agentark_jax.asking import GREEDY, SAMPLED, ask_debate, ask_method, flatten, keep_keys, keep_predictions
 from agentark_jax.config import as_dict
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.attempts import by_question, counts_of, majority_figures, pass_figures, voted
@@ -25,14 +24,15 @@ from agentark_jax.protocols.debate import longest_prompt
 from agentark_jax.records import DEBATE
 from agentark_jax.report import words
 from agentark_jax.stages import Work
+from agentark_jax.suites import tabled
 from agentark_jax.suites.bench import Bench
 
-GREEDY, SAMPLES, VOTE = "greedy", "samples", "vote"
+ONE, SAMPLES, VOTE = "greedy", "samples", "vote"
 
 
 def measure(bench: Bench, settings: AccuracyConfig) -> dict[str, Any]:
     """Figures of every arm (each way to answer), of majorities and pass rates by number of samples, and differences."""
-    arms = {GREEDY: greedy(bench)}
+    arms = {ONE: greedy(bench)}
     majorities, passes = [], []
     if settings.samples:
         arms[SAMPLES] = samples(bench, settings)
@@ -42,7 +42,7 @@ def measure(bench: Bench, settings: AccuracyConfig) -> dict[str, Any]:
         majorities = [majority_figures(grouped, k, level=bench.level) for k in counts]
         passes = [pass_figures(grouped, k, level=bench.level) for k in counts]
     arms |= _together(bench, settings)
-    contrasts = [(name, GREEDY, f"{name} over one greedy answer") for name in arms if name not in (GREEDY, SAMPLES)]
+    contrasts = [(name, ONE, f"{name} over one greedy answer") for name in arms if name not in (ONE, SAMPLES)]
     return {
         "arms": {name: _arm(name, predictions, bench.level) for name, predictions in arms.items()},
         "majority": majorities,
@@ -56,10 +56,10 @@ def greedy(bench: Bench) -> list[Prediction]:
     """The one greedy answer to each question, in the order of `bench.questions`; other suites start from it, too."""
 
     def build(work: Work) -> None:
-        turns = _alone(bench, work, "greedy answers", bench.greedy, 1, "single_greedy")
+        turns = bench.ask_alone(work, "greedy answers", protocol=GREEDY)
         keep_predictions(work, bench.questions, turns, turns, bench.label(flatten(turns)))
 
-    return _predictions(bench, GREEDY, build, {})
+    return _predictions(bench, ONE, build, {})
 
 
 def samples(bench: Bench, settings: AccuracyConfig) -> list[Prediction]:
@@ -67,19 +67,13 @@ def samples(bench: Bench, settings: AccuracyConfig) -> list[Prediction]:
     draw = Draw(settings.temperature, bench.config.max_tokens)
 
     def build(work: Work) -> None:
-        turns = _alone(bench, work, "samples", draw, settings.samples, "single_sampled")
+        turns = bench.ask_alone(work, "samples", protocol=SAMPLED, draw=draw, samples=settings.samples)
         said = flatten(turns)
         labels = bench.label(said)
         save_predictions(work.directory / PREDICTIONS, [predict([turn], [turn], labels) for turn in said])
         keep_keys(work, turns)
 
     return _predictions(bench, SAMPLES, build, {"samples": settings.samples, "temperature": settings.temperature})
-
-
-def _alone(bench: Bench, work: Work, title: str, draw: Draw, count: int, protocol: str) -> Asked:
-    context = bench.room(map(bench.form.question, bench.questions))
-    asked: dict[str, Any] = {"seats": [bench.seat], "questions": bench.questions, "context": context}
-    return ask_alone(bench.generation, work, title, draw=draw, samples=count, protocol=protocol, **asked)[0]
 
 
 def _together(bench: Bench, settings: AccuracyConfig) -> dict[str, list[Prediction]]:
@@ -123,12 +117,8 @@ def _arm(name: str, predictions: Sequence[Prediction], level: float) -> dict[str
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Arms with their cost, then majorities and pass rates by number of samples, then differences."""
-    arms = Table(title="accuracy", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    arms.add_column("arm", overflow="fold")
-    for column in ("accuracy %", "n", "unparseable %", "cut off %", "calls/q", "tokens/q"):
-        arms.add_column(column, justify="right")
-    for name, arm in figures["arms"].items():
-        arms.add_row(
+    arms = [
+        (
             name,
             _share(arm),
             words.number(arm["n"]),
@@ -137,14 +127,16 @@ def tables(figures: Mapping[str, Any]) -> list[Table]:
             words.number(arm["calls_per_question"], 1),
             words.number(arm["tokens_per_question"]["total"]),
         )
-    found = [arms]
+        for name, arm in figures["arms"].items()
+    ]
+    columns = ("arm", "accuracy %", "n", "unparseable %", "cut off %", "calls/q", "tokens/q")
+    found = [tabled.table("accuracy", columns, arms)]
     if figures["majority"]:
-        several = Table(box=box.SIMPLE, pad_edge=False)
-        for column in ("k", "maj@k %", "pass@k %"):
-            several.add_column(column, justify="right")
-        for majority, passed in zip(figures["majority"], figures["pass"], strict=True):
-            several.add_row(str(majority["k"]), _share(majority), _share(passed))
-        found.append(several)
+        several = [
+            (str(majority["k"]), _share(majority), _share(passed))
+            for majority, passed in zip(figures["majority"], figures["pass"], strict=True)
+        ]
+        found.append(tabled.table("", ("k", "maj@k %", "pass@k %"), several))
     if figures["differences"]:
         grid = Table.grid(padding=(0, 0, 1, 0))
         grid.add_column(overflow="fold")

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentark_jax.asking import ask_alone
 from agentark_jax.config import EvaluateRun
 from agentark_jax.data.render import Format, Prompt
 from agentark_jax.generation import Asked, Generation, Model, Seat
@@ -105,6 +106,30 @@ class Bench:
         asked = self.questions if questions is None else questions
         room = self.room(map(self.form.question, asked)) if context is None else context
         return self.generation.ask(work, title, [self.seat], asked, ask, calls=calls, context=room, read=self.read)
+
+    def ask_alone(
+        self,
+        work: Work,
+        title: str,
+        *,
+        protocol: str,
+        draw: Draw | None = None,
+        samples: int = 1,
+        questions: Sequence[Question] | None = None,
+    ) -> Asked:
+        """Independent answers of the model to each question (None: all), drawn as `draw` says (None: greedily)."""
+        asked = self.questions if questions is None else questions
+        return ask_alone(
+            self.generation,
+            work,
+            title,
+            seats=[self.seat],
+            questions=asked,
+            draw=draw or self.greedy,
+            samples=samples,
+            protocol=protocol,
+            context=self.room(map(self.form.question, asked)),
+        )[0]
 
     def room(self, prompts: Iterable[Prompt], max_tokens: int | None = None) -> int:
         """Tokens of the longest of these prompts and of an answer to it, at most `limit`."""

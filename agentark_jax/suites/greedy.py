@@ -5,33 +5,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from agentark_jax.protocols.single import answer
-from agentark_jax.protocols.table import Pool
+from agentark_jax.asking import GREEDY
 from agentark_jax.records import Question, Turn
 from agentark_jax.stages import Manifest, Work
 from agentark_jax.suites.bench import Bench
 
-# As the suite `accuracy` has it: what that has asked is found in the store.
-PROTOCOL = "single_greedy"
 _ROWS = "rows.jsonl"
 
 
 def fitting(bench: Bench, questions: Iterable[Question]) -> list[Question]:
     """The questions, each once, that the model can take together with an answer."""
-    room = min(bench.model.config.max_positions, bench.config.engine.context or bench.model.config.max_positions)
     different = {question.id: question for question in questions}.values()
-    return [each for each in different if _length(bench, each) + bench.config.max_tokens <= room]
+    return [each for each in different if _length(bench, each) + bench.config.max_tokens <= bench.limit]
 
 
 def greedy_turns(bench: Bench, work: Work, title: str, questions: Iterable[Question]) -> dict[str, Turn]:
-    """The model's greedy answer to each question, by its id; the questions are kept in the store."""
+    """The model's greedy answer to each question, by its id; the questions are kept in the store.
 
-    async def ask(question: Question, pool: Pool) -> list[Turn]:
-        return await answer(question, pool, bench.greedy, protocol=PROTOCOL)
-
+    What the suite `accuracy` has asked is found there.
+    """
     different = list({question.id: question for question in questions}.values())
     bench.store.put_questions(different)
-    asked = bench.ask(work, title, ask, calls=1, questions=different)
+    asked = bench.ask_alone(work, title, protocol=GREEDY, questions=different)
     return {name: turn for name, (turn,) in asked.items()}
 
 

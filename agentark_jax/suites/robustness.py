@@ -24,7 +24,7 @@ from agentark_jax.evaluation.robustness import (
     shuffle_figures,
 )
 from agentark_jax.evaluation.suite_config import HUB, RobustnessConfig
-from agentark_jax.records import Question, Turn, stable_hash
+from agentark_jax.records import Question, stable_hash
 from agentark_jax.report import words
 from agentark_jax.stages import Work
 from agentark_jax.suites import tabled
@@ -33,7 +33,7 @@ from agentark_jax.suites.greedy import fitting, greedy_turns, load_rows, save_ro
 from agentark_jax.tasks.datasets import DATASETS, load
 from agentark_jax.tasks.grading import grader
 from agentark_jax.tasks.items import Item, answered, make_question
-from agentark_jax.traces.labels import grade_turns
+from agentark_jax.traces.labels import label_turns
 
 GSM_PLUS = "gsm_plus"
 
@@ -137,7 +137,8 @@ def _gsm_plus(bench: Bench, source: str, count: int) -> dict[str, Any]:
         asked = [(group, each) for group, each in perturbed if each.id in fit and first[group].id in fit]
         questions = [*(first[group] for group, _ in asked), *(each for _, each in asked)]
         turns = greedy_turns(bench, work, "GSM-Plus", questions)
-        right = _right(bench, turns, {each.id: each for each in questions})
+        labels = label_turns(bench.store, turns.values(), judge, judge.id)
+        right = {name: labels[turn.key].verdict == "right" for name, turn in turns.items()}
         rows = [
             Perturbed(first[group].id, each.meta["perturbation"], right[each.id], right[first[group].id])
             for group, each in asked
@@ -154,14 +155,6 @@ def _gsm_plus(bench: Bench, source: str, count: int) -> dict[str, Any]:
         "left_out": manifest.counts["left_out"],
         "read": dict(loaded.counts),
     }
-
-
-def _right(bench: Bench, turns: Mapping[str, Turn], questions: Mapping[str, Question]) -> dict[str, bool]:
-    """Of questions that are not the task's: by id, whether they are answered right."""
-    judge = grader(DATASETS[GSM_PLUS].grader)
-    labels = grade_turns(turns.values(), questions, judge, judge.id)
-    bench.store.put_labels(labels)
-    return {name: label.verdict == "right" for name, label in zip(turns, labels, strict=True)}
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:

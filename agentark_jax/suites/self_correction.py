@@ -5,17 +5,13 @@ fit the model with its answer is left out and counted as `too_long`. Words of pr
 are planted: `data.planting`; figures: `evaluation.self_correction`.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
-from rich import box
 from rich.table import Table
-from rich.text import Text
 
 from agentark_jax.asking import flatten, keep_keys
 from agentark_jax.data.planting import plant, plantable, recoverable, right_solution, split, wrong_solution
@@ -29,10 +25,10 @@ from agentark_jax.protocols.table import Pool
 from agentark_jax.records import Label, Question, Turn, stable_hash
 from agentark_jax.report import words
 from agentark_jax.stages import Manifest, Work
-from agentark_jax.suites import accuracy
+from agentark_jax.suites import accuracy, tabled
 from agentark_jax.suites.bench import Bench
+from agentark_jax.suites.greedy import load_rows, save_rows
 
-ROWS = "rows.jsonl"
 _PROTOCOL = "self_correction"
 _REPLY_TOKENS = 16
 
@@ -226,7 +222,7 @@ def _stage(
         context = bench.room((each.prompt for inquiries in fitting.values() for each in inquiries), draw.max_tokens)
         turns = bench.ask(work, name, ask, calls=calls, questions=questions, context=context) if questions else {}
         labels = bench.label(flatten(turns))
-        _save(work.directory / ROWS, [row(turn, labels[turn.key]) for turn in flatten(turns)])
+        save_rows(work, [row(turn, labels[turn.key]) for turn in flatten(turns)])
         keep_keys(work, turns)
         work.counts["too_long"] = too_long
 
@@ -241,12 +237,8 @@ def _stage(
     )
 
 
-def _save(path: Path, rows: Sequence[Row]) -> None:
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-
-
 def _rows(stage: Manifest) -> list[Row]:
-    return [Row(**json.loads(line)) for line in (stage.directory / ROWS).read_text().splitlines()]
+    return [Row(**row) for row in load_rows(stage)]
 
 
 def _told(stage: Manifest, rows: Sequence[Row]) -> dict[str, Any]:
@@ -324,35 +316,25 @@ def _columns(rows: Sequence[tuple[Any, ...]], width: int) -> list[np.ndarray]:
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
     """Second answers by condition, then all other shares."""
-    checks = Table(title="self-correction", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    checks.add_column("check")
-    for column in ("first %", "second %", "wrong→right %", "right→wrong %"):
-        checks.add_column(column, justify="right")
-    for condition, each in figures["checks"].items():
-        shares = (each[key] for key in ("accuracy_1", "accuracy_2", "corrected", "given_up"))
-        checks.add_row(condition, *map(_share, shares))
-    others = Table(box=box.SIMPLE, pad_edge=False)
-    for column in ("", "%", "n"):
-        others.add_column(column, justify="right" if column else "left", overflow="fold")
+    keys = ("accuracy_1", "accuracy_2", "corrected", "given_up")
+    checks = [(condition, *(_share(each[key]) for key in keys)) for condition, each in figures["checks"].items()]
+    shares: list[tuple[str, Mapping[str, Any]]] = []
     for name, spot in figures["blind_spot"].items():
-        row = {"share": spot["rate"], **{key: spot[key] for key in ("low", "high", "n")}}
-        unsure = row["share"] is not None and row["low"] is None
-        _add(others, f"blind spot, {name}{' (too few corrected for an interval)' if unsure else ''}", row)
-    _add(others, "planted error, ends right", figures["recovery"]["planted"])
-    _add(others, "the same without the error", figures["recovery"]["clean"])
-    for step in figures["recovery"]["by_step"]:
-        _add(others, f"planted in step {step['step']}", step["planted"])
+        unsure = spot["rate"] is not None and spot["low"] is None
+        told = f"blind spot, {name}{' (too few corrected for an interval)' if unsure else ''}"
+        shares.append((told, {**spot, "share": spot["rate"]}))
+    shares.append(("planted error, ends right", figures["recovery"]["planted"]))
+    shares.append(("the same without the error", figures["recovery"]["clean"]))
+    shares += [(f"planted in step {step['step']}", step["planted"]) for step in figures["recovery"]["by_step"]]
     if figures["localisation"] is not None:
-        _add(others, "error located", figures["localisation"]["planted"])
-        _add(others, "no error told where none is", figures["localisation"]["clean"])
-    _add(others, "right answer given up to a false peer", figures["peers"]["given_up_to_false"])
-    _add(others, "wrong answer corrected by a true peer", figures["peers"]["corrected_by_true"])
-    _add(others, "steps that verify", figures["verification"]["steps"])
-    return [checks, others]
-
-
-def _add(table: Table, name: str, figures: Mapping[str, Any]) -> None:
-    table.add_row(Text(name), _share(figures), words.number(figures["n"]))
+        shares.append(("error located", figures["localisation"]["planted"]))
+        shares.append(("no error told where none is", figures["localisation"]["clean"]))
+    shares.append(("right answer given up to a false peer", figures["peers"]["given_up_to_false"]))
+    shares.append(("wrong answer corrected by a true peer", figures["peers"]["corrected_by_true"]))
+    shares.append(("steps that verify", figures["verification"]["steps"]))
+    columns = ("check", "first %", "second %", "wrong→right %", "right→wrong %")
+    others = [(name, _share(found), words.number(found["n"])) for name, found in shares]
+    return [tabled.table("self-correction", columns, checks), tabled.table("", ("", "%", "n"), others)]
 
 
 def _share(figures: Mapping[str, Any]) -> str:

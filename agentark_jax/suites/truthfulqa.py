@@ -57,9 +57,8 @@ def _choices(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
 
     def build(work: Work) -> None:
         sequences = {each.question: _sequences(bench, each) for each in asked}
-        limit = min(bench.model.config.max_positions, bench.config.engine.context or bench.model.config.max_positions)
         longest = {name: max(map(len, several.values())) for name, (_, several) in sequences.items()}
-        fit = [each for each in asked if longest[each.question] <= limit]
+        fit = [each for each in asked if longest[each.question] <= bench.limit]
         context = max((longest[each.question] for each in fit), default=1)
 
         async def everyone(bar: Bar) -> list[Weighed]:
