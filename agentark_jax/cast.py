@@ -17,6 +17,7 @@ from agentark_jax.errors import UsageError
 from agentark_jax.generation import Model, Seat
 from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
+from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.weights import weights_fingerprint
 from agentark_jax.protocols.config import AgentConfig
 from agentark_jax.stages import Manifest
@@ -121,6 +122,19 @@ class Cast:
 def model_directory(stage: Manifest) -> Path:
     """Where the model of a stage lies; absolute where it is not the stage's own."""
     return stage.directory / stage.counts["location"]
+
+
+def find_model(source: str, prompt: PromptConfig, *, weights: bool = True) -> tuple[Model, dict[str, Any]]:
+    """A model that no stage made, by its directory or hub id, asked as `prompt` says; and its `identity`.
+
+    Raises UsageError where there is none, or one that cannot be used.
+    """
+    directory = resolve_model(source, weights=weights).resolve()
+    config = load_config(directory)
+    form = make_format(directory, prompt, embeddings=config.vocab_size)
+    # A directory may have got other weights since the last time.
+    found = identity(directory, str(directory), weights=weights)
+    return Model(source, directory, found["revision"], config, form), found
 
 
 def identity(directory: Path, location: str, *, weights: bool = True) -> dict[str, Any]:

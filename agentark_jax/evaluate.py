@@ -6,17 +6,14 @@ from typing import Any
 
 from rich.console import Console
 
-from agentark_jax.cast import identity
+from agentark_jax.cast import find_model
 from agentark_jax.config import EvaluateRun, as_dict
-from agentark_jax.data.chat import make_format
 from agentark_jax.directory import announcer, keep_config
 from agentark_jax.errors import UsageError
 from agentark_jax.files import write_json
 from agentark_jax.generation import Generation, Model, Seat
-from agentark_jax.models.config import load_config
-from agentark_jax.models.gguf import resolve_model
 from agentark_jax.progress import Display
-from agentark_jax.records import Question, stable_hash
+from agentark_jax.records import Question, questions_hash, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, git_revision, locked, package_versions
 from agentark_jax.suites.bench import Bench
 from agentark_jax.suites.registry import SUITES
@@ -83,28 +80,29 @@ def prepare(config: EvaluateRun, run: Run, store: TraceStore, display: Display) 
 def _find_model(config: EvaluateRun, run: Run, display: Display) -> Model:
     ours = config.api == "sglang"  # whose weights are read
     with display.bar("find the model", total=1):
-        directory = resolve_model(config.model, weights=ours).resolve()
-        # A directory may have got other weights since the last time.
-        found = identity(directory, str(directory), weights=ours)
+        model, found = find_model(config.model, config.prompt, weights=ours)
 
     def build(work: Work) -> None:
         work.counts = found
 
     run.produce("model", build, version=1, config={"source": config.model}, inputs={"files": stable_hash(found)})
-    model = load_config(directory)
-    form = make_format(directory, config.prompt, embeddings=model.vocab_size)
-    return Model(config.model, directory, found["revision"], model, form)
+    return model
 
 
 def _draw_questions(config: EvaluateRun, run: Run, store: TraceStore, task: Task) -> list[Question]:
     questions = task.questions("held_out", config.questions)
-    drawn = stable_hash([[each.id, each.answer, each.rationale] for each in questions])
 
     def build(work: Work) -> None:
         store.put_questions(questions)
         work.counts = {"held_out": len(questions), "read": dict(task.counts)}
 
-    run.produce("questions", build, version=1, config={"task": as_dict(config.task)}, inputs={"questions": drawn})
+    run.produce(
+        "questions",
+        build,
+        version=1,
+        config={"task": as_dict(config.task)},
+        inputs={"questions": questions_hash(questions)},
+    )
     return questions
 
 

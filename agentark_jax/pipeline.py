@@ -59,7 +59,7 @@ from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.debate import longest_dialogue
 from agentark_jax.protocols.methods import Settings
 from agentark_jax.protocols.single import answer, explain
-from agentark_jax.records import DEBATE, Example, Grade, Label, Question, Turn, stable_hash
+from agentark_jax.records import DEBATE, Example, Grade, Label, Question, Turn, questions_hash, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, read_manifest
 from agentark_jax.tasks.items import answered
 from agentark_jax.tasks.overlap import overlaps
@@ -289,10 +289,7 @@ class Pipeline:
             counts = {split: len(questions) for split, questions in splits.items()}
             work.counts = {**counts, "overlaps_dropped": dropped, "read": dict(self.task.counts), "hashes": hashes}
 
-        hashes = {
-            split: stable_hash([[each.id, each.answer, each.rationale, each.meta.get("answers")] for each in drawn])
-            for split, drawn in splits.items()
-        }
+        hashes = {split: questions_hash(drawn) for split, drawn in splits.items()}
         config = {"task": as_dict(self.config.task), "sizes": sizes}
         inputs = {"questions": stable_hash(hashes)}
         return self.run.produce("questions", build, version=1, config=config, inputs=inputs), splits

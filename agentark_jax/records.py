@@ -7,7 +7,7 @@ They hold data and know no files, models or losses. Arrays of token ids are one-
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -23,6 +23,11 @@ JUDGE, SUMMARISER = "judge", "summariser"
 
 
 _canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
+def questions_hash(questions: Iterable["Question"]) -> str:
+    """Of what questions are: they themselves and what is known to answer them."""
+    return stable_hash([[each.id, each.answer, each.rationale, each.meta.get("answers")] for each in questions])
 
 
 def stable_hash(value: Any) -> str:

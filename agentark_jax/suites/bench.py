@@ -11,7 +11,7 @@ from agentark_jax.generation import Asked, Generation, Model, Seat
 from agentark_jax.progress import Display
 from agentark_jax.protocols.calls import Draw
 from agentark_jax.protocols.table import Pool
-from agentark_jax.records import Label, Question, Turn, stable_hash
+from agentark_jax.records import Label, Question, Turn, questions_hash, stable_hash
 from agentark_jax.stages import Manifest, Run, Work
 from agentark_jax.tasks.task import Task
 from agentark_jax.traces.labels import label_turns
@@ -79,9 +79,7 @@ class Bench:
         served = [] if self.seat.api == "sglang" else [self.seat.api, self.seat.served]
         given: dict[str, Manifest | str] = {
             "model": stable_hash([self.model.name, self.model.revision, *served]),
-            "questions": stable_hash(
-                [[each.id, each.answer, each.rationale, each.meta.get("answers")] for each in self.questions]
-            ),
+            "questions": questions_hash(self.questions),
         }
         return self.run.produce(
             stage, build, version=version, config={**known, **config}, inputs={**given, **(inputs or {})}

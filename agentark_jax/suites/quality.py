@@ -4,13 +4,13 @@ import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from rich.table import Table
 
-from agentark_jax.cast import identity
-from agentark_jax.data.chat import make_format
+from agentark_jax.cast import find_model
 from agentark_jax.data.render import Prompt
 from agentark_jax.engines.base import Engine, Request, TooLong
 from agentark_jax.errors import UsageError
@@ -25,10 +25,8 @@ from agentark_jax.evaluation.rubric import (
     rubric_prompt,
 )
 from agentark_jax.evaluation.suite_config import JudgeConfig, QualityConfig
-from agentark_jax.generation import Model, Seat
-from agentark_jax.models.config import load_config
-from agentark_jax.models.gguf import resolve_model
-from agentark_jax.progress import Bar
+from agentark_jax.generation import Seat
+from agentark_jax.process import Journal, journal
 from agentark_jax.records import Question, stable_hash
 from agentark_jax.stages import Manifest, Work
 from agentark_jax.suites import tabled
@@ -36,7 +34,6 @@ from agentark_jax.suites.bench import Bench
 from agentark_jax.suites.greedy import greedy_turns, load_rows, said, save_rows
 
 _MARKS = "marks.jsonl"
-_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -80,13 +77,10 @@ def measure(bench: Bench, settings: QualityConfig) -> dict[str, Any]:
 
 def _seat(bench: Bench, judge: JudgeConfig) -> Seat:
     try:
-        directory = resolve_model(judge.model).resolve()
-        config = load_config(directory)
-        form = make_format(directory, bench.config.prompt, embeddings=config.vocab_size)
+        model, _ = find_model(judge.model, bench.config.prompt)
     except UsageError as error:
         raise UsageError(f"quality.judges: {error}") from error
-    revision = identity(directory, "")["revision"]
-    return Seat(Model(judge.model, directory, revision, config, form), tuple(judge.servers))
+    return Seat(model, tuple(judge.servers))
 
 
 def _judged(
@@ -101,35 +95,23 @@ def _judged(
     }
 
     def build(work: Work) -> None:
-        path = work.directory / _MARKS
-        known = _read(path.read_text()) if path.exists() else {}
-        path.write_text("".join(json.dumps(each) + "\n" for each in known.items()))
-        missing = {name: prompt for name, prompt in prompts.items() if name not in known}
-        longest = max((sum(map(len, prompt)) for prompt in missing.values()), default=1) + MAX_TOKENS
+        longest = max(sum(map(len, prompt)) for prompt in prompts.values()) + MAX_TOKENS
         bench.generation.release()
 
-        async def everyone(bar: Bar) -> None:
-            with path.open("a") as file:
-                async with bench.generation.engine(seat, min(longest, judge.config.max_positions)) as engine:
-                    free = asyncio.Semaphore(_AT_ONCE)
+        async def everyone(marks: Journal) -> list[tuple[int | None, int]]:
+            async with bench.generation.engine(seat, min(longest, judge.config.max_positions)) as engine:
+                marks.expect(len(prompts))
+                asked = (marks.answer(name, partial(_mark, engine, seat, prompt)) for name, prompt in prompts.items())
+                return await asyncio.gather(*asked)
 
-                    async def one(name: str, prompt: Prompt) -> None:
-                        async with free:
-                            mark, tokens = await _mark(engine, seat, prompt)
-                        file.write(json.dumps([name, mark]) + "\n")
-                        file.flush()
-                        work.tokens += tokens
-                        bar.advance(tokens)
-
-                    await asyncio.gather(*(one(*each) for each in missing.items()))
-
-        with bench.display.bar(f"marks of {judge.name}", total=len(missing)) as bar:
-            asyncio.run(everyone(bar))
+        with journal(work.directory / _MARKS, bench.display, f"marks of {judge.name}") as marks:
+            work.tokens = sum(tokens for _, tokens in asyncio.run(everyone(marks)))
 
     slice = {"rubric": RUBRIC, "judge": judge.name, "format": form.hash}
     inputs: dict[str, Manifest | str] = {"answers": judged, "judge": stable_hash(judge.revision)}
-    manifest = bench.measure(stage, build, version=1, config={"judging": slice}, inputs=inputs)
-    return _read((manifest.directory / _MARKS).read_text())
+    manifest = bench.measure(stage, build, version=2, config={"judging": slice}, inputs=inputs)
+    lines = (manifest.directory / _MARKS).read_text().splitlines()
+    return {name: mark for name, (mark, _) in map(json.loads, lines)}
 
 
 async def _mark(engine: Engine, seat: Seat, prompt: Prompt) -> tuple[int | None, int]:
@@ -140,11 +122,6 @@ async def _mark(engine: Engine, seat: Seat, prompt: Prompt) -> tuple[int | None,
     except TooLong:
         return None, 0
     return read_mark(completion.text), completion.prompt_tokens + len(completion.ids)
-
-
-def _read(content: str) -> dict[str, int | None]:
-    # The last line of a run that was killed may lack its end.
-    return dict(json.loads(line) for line in content.split("\n")[:-1])
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from agentark_jax.cast import identity
-from agentark_jax.data.chat import make_format
+from agentark_jax.cast import find_model
 from agentark_jax.errors import UsageError
 from agentark_jax.evaluation.retention import (
     Span,
@@ -19,8 +18,6 @@ from agentark_jax.evaluation.retention import (
 )
 from agentark_jax.evaluation.suite_config import RetentionConfig
 from agentark_jax.generation import Model
-from agentark_jax.models.config import load_config
-from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.transformer import unembedding
 from agentark_jax.models.weights import load_params
 from agentark_jax.objectives.divergence import Readout, divergences
@@ -72,20 +69,18 @@ def measure(bench: Bench, settings: RetentionConfig) -> dict[str, Any]:
 
 
 def _find_base(bench: Bench, source: str) -> Model:
-    directory = resolve_model(source).resolve()
-    config = load_config(directory)
-    form = make_format(directory, bench.config.prompt, embeddings=config.vocab_size)
+    base, _ = find_model(source, bench.config.prompt)
     for what, theirs, ours in (
-        ("tokenizer", form.tokenizer.hash, bench.form.tokenizer.hash),
-        ("prompts", form.hash, bench.form.hash),
-        ("number of tokens", config.vocab_size, bench.model.config.vocab_size),
+        ("tokenizer", base.form.tokenizer.hash, bench.form.tokenizer.hash),
+        ("prompts", base.form.hash, bench.form.hash),
+        ("number of tokens", base.config.vocab_size, bench.model.config.vocab_size),
     ):
         if theirs != ours:
             raise UsageError(
                 f"retention.base: {source} has another {what} ({theirs}) than {bench.config.model} ({ours}), so that "
                 "their tokens cannot be compared one by one: give the model that this one was trained from."
             )
-    return Model(source, directory, identity(directory, "")["revision"], config, form)
+    return base
 
 
 def _compared(base: Model, model: Model, spans: list[Span]) -> Tokens:
