@@ -55,11 +55,11 @@ worker that was killed goes on where it was.
 --workers N does both: it starts N workers on this machine, each on its share of the cores, and gathers. Where
 computations depend on the number of cores, as XLA's on CPUs do in the last digits, figures are those of so many cores.
 
-  agentark attribute --config configs/arms.yaml
-  agentark attribute --config configs/arms.yaml --workers 2
-  agentark attribute --config configs/arms.yaml --shard 0/2 &
-  agentark attribute --config configs/arms.yaml --shard 1/2 & wait
-  agentark attribute --config configs/arms.yaml
+  agentark attribute --config configs/attribution_lab.yaml
+  agentark attribute --config configs/attribution_lab.yaml --workers 2
+  agentark attribute --config configs/attribution_lab.yaml --shard 0/2 &
+  agentark attribute --config configs/attribution_lab.yaml --shard 1/2 & wait
+  agentark attribute --config configs/attribution_lab.yaml
 """
 
 FIT_DESCRIPTION = """\
@@ -230,7 +230,7 @@ def _run(
 
 
 def _attribute(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("agentark attribute", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _parser("agentark attribute")
     parser.add_argument("--shard")
     parser.add_argument("--workers", type=int)
     options, rest = _known(parser, arguments)
@@ -253,7 +253,7 @@ def _attribute(arguments: Sequence[str]) -> int:
 
 
 def _debate(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("agentark debate", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _parser("agentark debate")
     parser.add_argument("--shard")
     options, rest = _known(parser, arguments)
     if options.shard is None:
@@ -282,7 +282,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _fit(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("agentark fit", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _parser("agentark fit")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--topology")
     parser.add_argument("--training", choices=("fit", *PAD_TRAININGS, *WARM_TRAININGS), default="fit")
@@ -328,13 +328,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 
 
 def _report(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "agentark report",
-        description=REPORT_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = _parser("agentark report", REPORT_DESCRIPTION)
     parser.add_argument("directory", metavar="RUN_DIR", type=Path)
     options, rest = _known(parser, arguments)
     if rest:
@@ -346,13 +340,7 @@ def _report(arguments: Sequence[str]) -> int:
 
 
 def _sweep(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "agentark sweep",
-        description=SWEEP_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    parser = _parser("agentark sweep", SWEEP_DESCRIPTION)
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--name")
     parser.add_argument("--root")
@@ -391,6 +379,18 @@ def _sweep(arguments: Sequence[str]) -> int:
 
 def _listed(text: str) -> list[str]:
     return text.split(",")
+
+
+def _parser(prog: str, description: str | None = None) -> argparse.ArgumentParser:
+    """A parser for `_known`; without a description the parser of the configuration has the help."""
+    return argparse.ArgumentParser(
+        prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=description is not None,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

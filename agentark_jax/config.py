@@ -44,6 +44,7 @@ from agentark_jax.training.prm_config import PRMConfig
 from agentark_jax.training.rl_config import RLConfig
 
 T = TypeVar("T")
+WORD = re.compile(r"[A-Za-z0-9][\w.-]*")  # what may name a folder
 
 FITS = ("warm_start.answer", "warm_start.revision", "fit")
 # Those of process-aware distillation, which a run needs if it has such an arm.
@@ -188,7 +189,7 @@ class RunConfig:
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise UsageError(f"seeds is {self.seeds}: give one or more different seeds, none of them negative.")
         if any(not 0 < share < 1 for share in self.curve) or len(set(self.curve)) != len(self.curve):
@@ -346,7 +347,7 @@ class EvaluateRun:
     quality: QualityConfig = field(default_factory=QualityConfig)
 
     def __post_init__(self) -> None:
-        _check_name(self.name)
+        check_name(self.name)
         if not self.model:
             raise UsageError("model is missing: give --model DIR, or a hub id such as Qwen/Qwen3-0.6B.")
         if self.seed < 0 or self.questions < 1 or self.max_tokens < 1:
@@ -393,9 +394,10 @@ class EvaluateRun:
                 raise UsageError(f"{what}, or leave {suite} out of suites.")
 
 
-def _check_name(name: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise UsageError(f"name is {name!r}: use letters, digits, '.', '_' and '-' for the run's folder.")
+def check_name(name: object, whose: str = "run") -> None:
+    """Raises UsageError for what cannot be the name of a folder of its own."""
+    if not isinstance(name, str) or not WORD.fullmatch(name):
+        raise UsageError(f"name is {name!r}: use letters, digits, '.', '_' and '-' for the {whose}'s folder.")
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):

@@ -1,6 +1,7 @@
 """The directory of a run or an evaluation: whose configuration it has, and what is told of its stages."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 
 import yaml
 
@@ -24,6 +25,17 @@ def announcer(display: Display) -> Callable[[Manifest], None]:
         display.say(f"[green]✓[/green] {manifest.stage:24} {state:>12}  [dim]{manifest.fingerprint}[/dim]")
 
     return announce
+
+
+def tell_work(display: Display, manifests: Sequence[Manifest], started: float, idle: str) -> None:
+    """Tells how many stages were made since `started` (`time.monotonic`), and how fast; or that nothing was `idle`."""
+    built = [manifest for manifest in manifests if not manifest.reused]
+    seconds = time.monotonic() - started
+    if built:
+        tokens = sum(manifest.tokens for manifest in built)
+        display.say(f"{len(built)} stages in {seconds:,.0f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s.")
+    else:
+        display.say(f"Everything was up to date: nothing was {idle} ({seconds:.1f} s).")
 
 
 def keep_config(config: RunConfig | EvaluateRun, *, update: bool) -> None:

@@ -8,10 +8,11 @@ from rich.console import Console
 
 from agentark_jax.cast import find_model
 from agentark_jax.config import EvaluateRun, as_dict
-from agentark_jax.directory import announcer, keep_config
+from agentark_jax.directory import CONFIG, announcer, keep_config, tell_work
 from agentark_jax.errors import UsageError
 from agentark_jax.files import write_json
 from agentark_jax.generation import Generation, Model, Seat
+from agentark_jax.outcome import STORE
 from agentark_jax.progress import Display
 from agentark_jax.records import Question, questions_hash, stable_hash
 from agentark_jax.stages import Manifest, Run, Work, git_revision, locked, package_versions
@@ -38,7 +39,7 @@ def evaluate(config: EvaluateRun, *, update: bool) -> dict[str, Any]:
     with locked(config.directory):
         keep_config(config, update=update)
         run = Run(config.directory, on_stage=announcer(display))
-        with TraceStore(config.directory / "traces.sqlite") as store:
+        with TraceStore(config.directory / STORE) as store:
             bench = prepare(config, run, store, display)
             figures = {name: SUITES[name].measure(bench, getattr(config, name)) for name in config.suites}
         results = _results(config, bench, figures)
@@ -46,13 +47,7 @@ def evaluate(config: EvaluateRun, *, update: bool) -> dict[str, Any]:
     for name in config.suites:
         for table in SUITES[name].tables(figures[name]):
             display.console.print(table)
-    built = [manifest for manifest in run.manifests if not manifest.reused]
-    seconds = time.monotonic() - started
-    if built:
-        tokens = sum(manifest.tokens for manifest in built)
-        display.say(f"{len(built)} stages in {seconds:,.0f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s.")
-    else:
-        display.say(f"Everything was up to date: nothing was generated ({seconds:.1f} s).")
+    tell_work(display, run.manifests, started, "generated")
     display.say(f"Results: {config.directory / RESULTS}")
     return results
 
@@ -117,7 +112,7 @@ def _results(config: EvaluateRun, bench: Bench, figures: Mapping[str, Any]) -> d
             "git": git_revision(),
             "fingerprint": stable_hash(sorted(manifest.fingerprint for manifest in manifests.values())),
             "versions": package_versions(),
-            "command": f"agentark evaluate --config {config.directory / 'config.yaml'}",
+            "command": f"agentark evaluate --config {config.directory / CONFIG}",
         },
         "model": {"source": config.model, **_without_location(manifests["model"])},
         "task": {"name": config.task.title, "path": config.task.path, "questions": len(bench.questions)},

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from agentark_jax import config as configuration
 from agentark_jax.config import RunConfig
-from agentark_jax.directory import CONFIG, announcer, check_same_config, keep_config
+from agentark_jax.directory import CONFIG, announcer, check_same_config, keep_config, tell_work
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.evaluation.telemetry import telemetry
 from agentark_jax.files import write_json, write_text
@@ -59,13 +59,8 @@ def run(config: RunConfig, *, update: bool, until: str = EVERYTHING) -> None:
             _clear_away(config)
     if results is not None:
         display.console.print(summary_table(results))
-    built = [manifest for manifests, _ in runs for manifest in manifests if not manifest.reused]
-    seconds = time.monotonic() - started
-    if built:
-        tokens = sum(manifest.tokens for manifest in built)
-        display.say(f"{len(built)} stages in {seconds:,.0f} s, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s.")
-    else:
-        display.say(f"Everything was up to date: nothing was generated or trained ({seconds:.1f} s).")
+    made = [manifest for manifests, _ in runs for manifest in manifests]
+    tell_work(display, made, started, "generated or trained")
     if outcomes:
         models = ", ".join(str(outcome.directory / "model") for outcome in outcomes)
         display.say(f"Report: {config.directory / 'report.html'}   Model: {models}")
@@ -131,9 +126,9 @@ def _gathered(directory: Path, store: TraceStore, display: Display) -> list[Path
     """The directories of the workers of a seed; all that was said in them is in the store then."""
     workers = sorted((directory / SHARDS).glob(f"{ARMS}*"))
     for worker in workers:
-        if (worker / "traces.sqlite").exists():
+        if (worker / STORE).exists():
             with display.bar(f"gather {worker.name}", total=None) as bar:
-                added = exchange.merge(store, str(worker / "traces.sqlite"), bar.more)
+                added = exchange.merge(store, str(worker / STORE), bar.more)
             made = sum(1 for _ in worker.glob("*/manifest.json"))
             display.say(f"{worker.name}: {made} stages, {added:,} turns added")
     return workers

@@ -141,7 +141,8 @@ class Pipeline:
         if until == FIT:
             return None
         evaluated = self.evaluate(agents, form, students, common.drawn, questions["held_out"])
-        self.evaluate_judges(common, evaluated)
+        for judge in common.judges.values():
+            self.evaluate_judge(judge, evaluated)
         return outcome_of(self.seed, self.run.directory, self.run.manifests, self.store)
 
     def make_common(self) -> Common:
@@ -149,7 +150,8 @@ class Pipeline:
         common = self.prepare()
         assert common is not None, "it is not to stop before"
         evaluated = self.evaluate(common.agents, common.form, {}, common.drawn, common.questions["held_out"])
-        self.evaluate_judges(common, evaluated)
+        for judge in common.judges.values():
+            self.evaluate_judge(judge, evaluated)
         return common
 
     def make_arms(self, common: Common, names: Collection[str]) -> None:
@@ -663,10 +665,6 @@ class Pipeline:
             config={**settings.fingerprint(), "seed": self.seed},
             inputs={"base": start, "labels": labels},
         )
-
-    def evaluate_judges(self, common: Common, evaluated: Mapping[str, Evaluated]) -> dict[str, Manifest]:
-        """What each process reward model of the run is worth, by the name of its stage."""
-        return {judge.stage: self.evaluate_judge(judge, evaluated) for judge in common.judges.values()}
 
     def evaluate_judge(self, judge: Manifest, evaluated: Mapping[str, Evaluated]) -> Manifest:
         """What a process reward model says of the base's samples and debates on held-out questions."""

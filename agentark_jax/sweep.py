@@ -5,10 +5,7 @@ which give to each name a mapping of labels to dotted keys with their values; an
 and `leave_out`. A cell is named after its labels, and its run directory is `<root>/<name>/<cell>`.
 """
 
-import csv
-import io
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,18 +18,17 @@ import yaml
 
 from agentark_jax import config as configuration
 from agentark_jax.arms import STUDENT
-from agentark_jax.config import RunConfig
-from agentark_jax.directory import check_same_config
+from agentark_jax.config import WORD, RunConfig, check_name
+from agentark_jax.directory import CONFIG, check_same_config
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.files import write_text
 from agentark_jax.report import words
 from agentark_jax.report.markdown import table as markdown_table
+from agentark_jax.report.sheets import csv_text
 
 ARM, BASE = "arm", "base"
 Measure = Literal["accuracy", "difference"]
 Filter = Mapping[str, Sequence[str]]
-
-_WORD = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -59,8 +55,7 @@ class Grid:
     leave_out: list[Filter] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _WORD.fullmatch(self.name):
-            raise UsageError(f"name is {self.name!r}: use letters, digits, '.', '_' and '-' for the sweep's folder.")
+        check_name(self.name, "sweep")
         if not self.base:
             raise UsageError("base is empty: name the configuration files that all cells begin with.")
         if not self.axes or not all(self.axes.values()):
@@ -69,7 +64,7 @@ class Grid:
             for label in (axis, *labels):
                 if not isinstance(label, str):
                     raise UsageError(f"axes.{axis}: {label!r} is no name: put it in quotes, or a letter before it.")
-                if not _WORD.fullmatch(label) or axis == ARM:
+                if not WORD.fullmatch(label) or axis == ARM:
                     raise UsageError(f"axes.{axis}: {label!r} is no name: use letters, digits, '.', '_' and '-'.")
         places = {f"axes.{axis}.{label}": keys for axis, labels in self.axes.items() for label, keys in labels.items()}
         for place, keys in {"common": self.common, **places}.items():
@@ -145,7 +140,7 @@ class Sweep:
         directory = self.grid.directory / cell.name
         if (directory / "results.json").exists():
             return "done"
-        return "begun" if (directory / "config.yaml").exists() else "to do"
+        return "begun" if (directory / CONFIG).exists() else "to do"
 
 
 class _Loader(yaml.SafeLoader):
@@ -318,11 +313,8 @@ def _shown(entry: Entry | None, measure: Measure) -> str:
 
 def as_csv(found: Sequence[Entry], measure: Measure) -> str:
     """A line for each entry, with its labels; figures are shares, empty where they are missing."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*found[0].labels, measure, "low", "high", "n"])
-    writer.writerows([*entry.labels.values(), entry.value, entry.low, entry.high, entry.n] for entry in found)
-    return text.getvalue()
+    rows = ([*entry.labels.values(), entry.value, entry.low, entry.high, entry.n] for entry in found)
+    return csv_text([*found[0].labels, measure, "low", "high", "n"], rows)
 
 
 def write_table(

@@ -55,7 +55,7 @@ def make_share(config: RunConfig, shard: int, shards: int) -> None:
             own = worker_directory(directory, shard, shards)
             own.mkdir(parents=True, exist_ok=True)
             with (
-                TraceStore(own / "traces.sqlite") as store,
+                TraceStore(own / STORE) as store,
                 TraceStore(directory / STORE, read_only=True) as heard,
             ):
                 run = Run(own, on_stage=_news(display), lent=[directory])

@@ -36,7 +36,7 @@ def pass_at(n: int, right: int, k: int) -> float:
 
 
 def pass_figures(grouped: Grouped, k: int, *, level: float) -> dict[str, Any]:
-    """pass@k over questions with its interval (`mean_interval`)."""
+    """pass@k over questions with its interval (`mean_figures`)."""
     values = [pass_at(len(each), sum(one.verdict == "right" for one in each), k) for each in grouped.values()]
     return {"k": k, "n": len(values), **mean_figures(np.asarray(values), level=level)}
 

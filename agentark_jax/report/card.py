@@ -5,7 +5,7 @@ from typing import Any
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.report import words
-from agentark_jax.report.markdown import code, text
+from agentark_jax.report.markdown import provenance, text
 
 
 def model_card(results: Mapping[str, Any], arm: str) -> str:
@@ -50,11 +50,7 @@ def model_card(results: Mapping[str, Any], arm: str) -> str:
         "",
         "## Provenance",
         "",
-        f"- command: {code(run['command'])}",
-        f"- fingerprint: {code(run['fingerprint'])}",
-        f"- git revision: {code(run['git']) if run.get('git') else 'not recorded'}",
-        f"- seeds: {', '.join(str(seed) for seed in run['seeds'])}",
-        f"- versions: {text(', '.join(f'{name} {version}' for name, version in sorted(run['versions'].items())))}",
+        *provenance(run),
         "",
     ]
     return "\n".join(lines)

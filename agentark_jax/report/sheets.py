@@ -19,12 +19,17 @@ class Sheet:
 
 
 def sheet(name: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Sheet:
+    """A download of `csv_text`."""
+    return Sheet(name, link("text/csv", csv_text(columns, rows)))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """`rows` under `columns`; what is None stays empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    return Sheet(name, link("text/csv", text.getvalue()))
+    return text.getvalue()
 
 
 def of_records(name: str, records: Iterable[Mapping[str, Any]]) -> Sheet | None:

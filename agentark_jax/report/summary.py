@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from agentark_jax.report import words
-from agentark_jax.report.markdown import code, table, text
+from agentark_jax.report.markdown import provenance, table, text
 
 
 def run_summary(results: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def run_summary(results: Mapping[str, Any]) -> str:
     lines += ["", *_comparisons(results)]
     if given:
         lines += ["", *_cost(results, given["break_even"])]
-    lines += ["", *_provenance(results["run"]), ""]
+    lines += ["", "## Where it comes from", "", *provenance(results["run"]), ""]
     return "\n".join(lines)
 
 
@@ -87,15 +87,3 @@ def _cost(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
         f"{text(words.arm_label(results, name))} {words.size(round(cost))}" for name, cost in made.items()
     )
     return ["## Break-even", "", note, f"Tokens to make: {amounts}.", "", *told]
-
-
-def _provenance(run: Mapping[str, Any]) -> list[str]:
-    return [
-        "## Where it comes from",
-        "",
-        f"- command: {code(run['command'])}",
-        f"- git revision: {code(run['git']) if run.get('git') else 'not recorded'}",
-        f"- seeds: {', '.join(str(seed) for seed in run['seeds'])}",
-        f"- fingerprint: {code(run['fingerprint'])}",
-        f"- versions: {text(', '.join(f'{name} {version}' for name, version in sorted(run['versions'].items())))}",
-    ]
