@@ -255,7 +255,7 @@ def _who(config: RunConfig) -> str:
 
 def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
     """Arms that are compared, the first with the second, and how that is called."""
-    arms = [name for name in config.arms if name not in CHECKS]  # what checks say stands by itself
+    arms = _compared(config)
     asked = [(each.a, each.b, each.name) for each in attribution.contrasts([STUDENT, *arms])]
     pairs = {frozenset((a, b)) for a, b, _ in asked}
     further = [
@@ -273,6 +273,11 @@ def _contrasts(config: RunConfig) -> list[tuple[str, str, str]]:
     ]
 
 
+def _compared(config: RunConfig) -> list[str]:
+    """The arms beside the student that are compared: what checks say stands by itself."""
+    return [name for name in config.arms if name not in CHECKS]
+
+
 def _attribution(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return attribution.attribution(
         [
@@ -282,7 +287,7 @@ def _attribution(config: RunConfig, outcomes: Sequence[Outcome]) -> dict[str, An
             )
             for outcome in outcomes
         ],
-        [STUDENT, *(name for name in config.arms if name not in CHECKS)],
+        [STUDENT, *_compared(config)],
         ["debate", "vote", *config.methods.chosen()],
         variant=config.select.variant,
         rl=config.rl,

@@ -6,6 +6,7 @@ import numpy as np
 
 from agentark_jax.engines.base import Request
 from agentark_jax.errors import AgentArkError
+from agentark_jax.generation import Generation
 from agentark_jax.records import Completion
 
 
@@ -27,6 +28,12 @@ class ScriptedEngine:
         self.form, self.script, self.fails, self.kill_at = form, script, fails, kill_at
         self.prompts: list[str] = []
 
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *error):
+        pass
+
     async def generate(self, request: Request) -> Completion:
         call, prompt = len(self.prompts), self.form.tokenizer.decode(request.prompt_ids.tolist())
         self.prompts.append(prompt)
@@ -39,6 +46,17 @@ class ScriptedEngine:
         text, logprob = said if isinstance(said, tuple) else (said, -0.5)
         ids = np.asarray(self.form.response(text), np.int32)
         return Completion(ids, np.full(len(ids), logprob, np.float32), text, "stop", len(request.prompt_ids), 0, 0.1)
+
+
+class ScriptedGeneration(Generation):
+    """Whoever has a seat, one engine answers."""
+
+    def __init__(self, engine, *arguments, **settings):
+        super().__init__(*arguments, **settings)
+        self.scripted = engine
+
+    def engine(self, seat, context):
+        return self.scripted
 
 
 class BabblingEngine:

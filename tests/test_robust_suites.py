@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import asynccontextmanager
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import real_server
 from rich.console import Console
-from scripted import Killed, ScriptedEngine
+from scripted import Killed, ScriptedEngine, ScriptedGeneration
 from test_datasets import DATA
 
 from agentark_jax import config
@@ -31,7 +30,7 @@ from agentark_jax.evaluation.suite_config import (
     RobustnessConfig,
     TruthfulQAConfig,
 )
-from agentark_jax.generation import Generation, Model, Seat
+from agentark_jax.generation import Model, Seat
 from agentark_jax.progress import Display
 from agentark_jax.stages import Run
 from agentark_jax.suites import generalisation, quality, retention, robustness, truthfulqa
@@ -55,19 +54,6 @@ class ScoringEngine(ScriptedEngine):
         return np.asarray([self.likely(self.form.tokenizer.decode([int(token)])) for token in ids[1:]])
 
 
-class ScriptedGeneration(Generation):
-    """Every seat is the same engine."""
-
-    scripted: ScoringEngine
-
-    def engine(self, seat, context):
-        @asynccontextmanager
-        async def entered():
-            yield self.scripted
-
-        return entered()
-
-
 @pytest.fixture
 def bench(form, tmp_path):
     """A function that makes a bench: of a task, how many of its questions, and a script. Its last one is closed."""
@@ -84,8 +70,8 @@ def bench(form, tmp_path):
         stores.append(store)
         store.put_questions(asked)
         model = Model("m", tmp_path, "r", SimpleNamespace(max_positions=positions, vocab_size=400), asked_in)
-        generation = ScriptedGeneration(settings.engine, store, display, seed=0)
-        generation.scripted = ScoringEngine(asked_in, script, **engine)
+        scripted = ScoringEngine(asked_in, script, **engine)
+        generation = ScriptedGeneration(scripted, settings.engine, store, display, seed=0)
         return Bench(settings, Run(tmp_path / "run"), store, display, generation, source, asked, model, Seat(model, ()))
 
     yield make

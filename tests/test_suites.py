@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from scripted import ScriptedEngine
+from scripted import ScriptedEngine, ScriptedGeneration
 
 from agentark_jax.config import EvaluateRun
 from agentark_jax.data.planting import plant, right_solution, wrong_solution
 from agentark_jax.evaluation.config import AccuracyConfig, SelfCorrectionConfig
-from agentark_jax.generation import Generation, Model, Seat
+from agentark_jax.generation import Model, Seat
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.source import ScratchConfig
 from agentark_jax.progress import Display
@@ -27,25 +27,6 @@ from agentark_jax.tasks.task import make_task
 from agentark_jax.traces.store import TraceStore
 
 COUNT, SERVERS = 8, ("http://scripted",)
-
-
-class Served(ScriptedEngine):
-    """A scripted engine that is entered as others are."""
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *error):
-        pass
-
-
-class ScriptedGeneration(Generation):
-    def __init__(self, engine, *arguments, **settings):
-        super().__init__(*arguments, **settings)
-        self.scripted = engine
-
-    def engine(self, seat, context):
-        return self.scripted
 
 
 @pytest.fixture
@@ -67,7 +48,7 @@ def bench_of(form, tmp_path):
             stores.append(TraceStore(tmp_path / "traces.sqlite"))
             stores[0].put_questions(questions)
         display = Display(Console(quiet=True))
-        engine = Served(form, say)
+        engine = ScriptedEngine(form, say)
         model = Model("scripted", tmp_path, "r0", shape, form)
         generation = ScriptedGeneration(engine, config.engine, stores[0], display, seed=0)
         run = Run(tmp_path)

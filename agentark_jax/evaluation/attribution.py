@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
-from agentark_jax.arms import ARMS, LEARNED, STUDENT, Arm, Judged, data_of, label_of, start_of
+from agentark_jax.arms import ARMS, CHECKS, LEARNED, STUDENT, Arm, Judged, data_of, label_of, start_of
 from agentark_jax.evaluation import summary
 from agentark_jax.evaluation.statistics import seed_level_interval, signed_points
 from agentark_jax.evaluation.summary import Predictions
@@ -130,9 +130,9 @@ def kind_of(name: str) -> Kind:
         return "base"
     if data == STUDENT:
         return "debate"
-    arm = ARMS[data]
-    if arm.label.startswith("check"):
+    if data in CHECKS:
         return "check"
+    arm = ARMS[data]
     if arm.reinforced:
         return "rewards"
     return "no debate" if arm.source in _NO_DEBATE or arm.variant == "round1_only" else "debate"

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from agentark_jax.asking import GREEDY
-from agentark_jax.records import Question, Turn
+from agentark_jax.records import Question, Turn, stable_hash
 from agentark_jax.stages import Manifest, Work
 from agentark_jax.suites.bench import Bench
+
+T = TypeVar("T")
 
 _ROWS = "rows.jsonl"
 
@@ -17,6 +19,12 @@ def fitting(bench: Bench, questions: Iterable[Question]) -> list[Question]:
     """The questions, each once, that the model can take together with an answer."""
     different = {question.id: question for question in questions}.values()
     return [each for each in different if _length(bench, each) + bench.config.max_tokens <= bench.limit]
+
+
+def drawn(bench: Bench, found: Sequence[T], names: Sequence[str], count: int) -> list[T]:
+    """`count` of them (0: all), by the seed and each one's name alone."""
+    order = sorted(range(len(found)), key=lambda index: stable_hash([bench.seed, names[index]]))
+    return [found[index] for index in order[: count or len(order)]]
 
 
 def greedy_turns(bench: Bench, work: Work, title: str, questions: Iterable[Question]) -> dict[str, Turn]:

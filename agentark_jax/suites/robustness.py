@@ -29,7 +29,7 @@ from agentark_jax.report import words
 from agentark_jax.stages import Work
 from agentark_jax.suites import tabled
 from agentark_jax.suites.bench import Bench
-from agentark_jax.suites.greedy import fitting, greedy_turns, load_rows, save_rows
+from agentark_jax.suites.greedy import drawn, fitting, greedy_turns, load_rows, save_rows
 from agentark_jax.tasks.datasets import DATASETS, load
 from agentark_jax.tasks.grading import grader
 from agentark_jax.tasks.items import Item, answered, make_question
@@ -120,8 +120,8 @@ def _gsm_plus(bench: Bench, source: str, count: int) -> dict[str, Any]:
     with bench.display.bar("read GSM-Plus", total=1):
         place = None if source == HUB else Path(source).expanduser()
         loaded = load(GSM_PLUS, part, place, 0, "robustness.gsm_plus")
-    seeds = sorted({item.group for item in loaded.items}, key=lambda group: stable_hash([bench.seed, group]))
-    chosen = seeds[: count or len(seeds)]
+    seeds = sorted({item.group for item in loaded.items})
+    chosen = drawn(bench, seeds, seeds, count)
     judge = grader(DATASETS[GSM_PLUS].grader)
 
     def question(item: Item) -> Question:

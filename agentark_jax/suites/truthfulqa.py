@@ -1,7 +1,7 @@
 """TruthfulQA: how likely a model finds true and false answers, and to which its own come nearer."""
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from agentark_jax.records import Question, stable_hash
 from agentark_jax.stages import Work
 from agentark_jax.suites import tabled
 from agentark_jax.suites.bench import Bench
-from agentark_jax.suites.greedy import fitting, greedy_turns, load_rows, said, save_rows
+from agentark_jax.suites.greedy import drawn, fitting, greedy_turns, load_rows, said, save_rows
 from agentark_jax.tasks.datasets import DATASETS, load, read_rows
 from agentark_jax.tasks.grading.short import gold_answers, read_free
 from agentark_jax.tasks.items import make_question
@@ -53,7 +53,7 @@ def _choices(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
     part = DATASETS[_CHOICES].test
     assert part is not None, "a test set"
     found = [read_choices(row) for row in read_rows(_CHOICES, part, place, _PATH)]
-    asked = _drawn(bench, found, [each.question for each in found], count)
+    asked = drawn(bench, found, [each.question for each in found], count)
 
     def build(work: Work) -> None:
         sequences = {each.question: _sequences(bench, each) for each in asked}
@@ -105,7 +105,7 @@ def _answers(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
     items = load(_ANSWERS, part, place, 0, _PATH).items
     asked = [
         make_question(_ANSWERS, "held_out", item, instruction=_INSTRUCTION)
-        for item in _drawn(bench, items, [item.question for item in items], count)
+        for item in drawn(bench, items, [item.question for item in items], count)
     ]
 
     def build(work: Work) -> None:
@@ -124,12 +124,6 @@ def _answers(bench: Bench, place: Path | None, count: int) -> dict[str, Any]:
     rows = load_rows(manifest)
     found = answer_figures([row["near"] for row in rows], [row["question"] for row in rows], level=bench.level)
     return {"scores": found, "left_out": manifest.counts["left_out"]}
-
-
-def _drawn(bench: Bench, found: Sequence[Any], names: Sequence[str], count: int) -> list[Any]:
-    """`count` of them (0: all), by the seed and each one's name alone."""
-    order = sorted(range(len(found)), key=lambda index: stable_hash([bench.seed, names[index]]))
-    return [found[index] for index in order[: count or len(order)]]
 
 
 def tables(figures: Mapping[str, Any]) -> list[Table]:
