@@ -4,7 +4,7 @@ Layers are scanned over one repetition of their pattern, so it should hardly gro
 process without a compilation cache; the depths take turns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def gemma3(layers: int) -> dict[str, Any]:
 FAMILIES = {"Qwen3": qwen3, "Gemma 3": gemma3}
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Comparison:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Comparison]:
     """`model` and `peers` play no part: the models are made up and there is nobody to compare with."""
     repetitions = 2 if quick else 5
     before = environment()
@@ -71,7 +71,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
             measured.append(Measured(f"{family}, {layers}", what, "s", Spread.of(taken)))
         pairs = [deep / shallow for shallow, deep in zip(seconds[SHALLOW], seconds[DEEP], strict=True)]
         ratios.append(Ratio(f"{family}, {DEEP}", f"{family}, {SHALLOW}", Spread.of(pairs), GOAL))
-    return Comparison(
+    yield Comparison(
         benchmark=NAME,
         title="Compilation of a training step",
         quick=quick,

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,7 @@ class Sizes:
     repetitions: int = 7
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Comparison:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Comparison]:
     """`model` plays no part: a small made-up one leaves the client the most to do.
 
     Without `peers` there is no real server, only one that answers at once. Raises UsageError where a real one is wanted
@@ -108,7 +108,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
                     sizes.in_flight,
                     lambda replies: checks.append(compare_answers(replies)),
                 )
-    return Comparison(
+    yield Comparison(
         benchmark=NAME,
         title="Client of SGLang servers",
         quick=quick,

@@ -4,7 +4,7 @@ Same weights, prompts and fp32; no sequence stops early, so the work is equal. T
 measured rate, then for every step of all sequences the larger of FLOPs over rate and bytes over bandwidth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Sizes:
     repetitions: int = 3
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Result:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Result]:
     """Raises AgentArkError when more than 1 % of the greedy tokens differ."""
     sizes = Sizes(new_tokens=16, repetitions=2) if quick else Sizes()
     config = load_config(model)
@@ -61,7 +61,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
     if peers:
         sides.append(Side(PEER, "benchmarks.torch_sides", common))
     measured = [interleaved(sides, sizes.repetitions, check, say)]
-    return Result(
+    yield Result(
         benchmark=NAME,
         title="Generation",
         unit="new tokens/s",

@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from agentark_jax.errors import AgentArkError
 from benchmarks.workers import ROOT, Reply
 
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors", "torch", "transformers", "trl")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "tokenizers", "safetensors")
+PEER_PACKAGES = ("torch", "transformers", "trl", "peft", "google-tunix", "jax", "flax")
 MACHINE = "machine"
 T = TypeVar("T")
 
@@ -39,16 +41,20 @@ class Spread:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One side. `floor_fraction` is the counted minimum of `flops` at the rates of the same round over the time."""
+    """One side. `floor_fraction` is the counted minimum at the rates of the same round over the time.
+
+    `flops`: what it counts, by part, and `bytes` moved besides. `floor_goal`: the least fraction that is wanted.
+    """
 
     name: str
     what: str
     tokens_per_second: Spread
-    floor_fraction: Spread
+    floor_fraction: Spread | None
     flops: dict[str, int]
     peak_rss_gb: float
     warmup_seconds: float
     threads: int
+    floor_goal: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,11 @@ class Result:
     def from_json(value: Mapping[str, Any], where: str) -> "Result":
         """Raises AgentArkError when the value does not have exactly the fields of this schema."""
         with _reading(where):
-            rows = [_read(Row, row, "tokens_per_second", "floor_fraction") for row in value["rows"]]
+            spreads = [
+                ["tokens_per_second", *["floor_fraction"] * (row["floor_fraction"] is not None)]
+                for row in value["rows"]
+            ]
+            rows = [_read(Row, row, *names) for row, names in zip(value["rows"], spreads, strict=True)]
             rates = {name: Spread(**spread) for name, spread in value["rates"].items()}
             return Result(**{**value, **_judgements(value), "rows": rows, "rates": rates})
 
@@ -156,19 +166,22 @@ def rows_of(
     groups: Sequence[Group],
     descriptions: Mapping[str, str],
     flops: Callable[[str], dict[str, int]],
-    floor_seconds: Callable[[str, Reply], float],
+    floor_seconds: Callable[[str, Reply], float] | None,
     tokens: int,
+    floor_goal: Mapping[str, float] = MappingProxyType({}),
 ) -> list[Row]:
     """One row per described side, over all groups in which it took part; the warm-up (repetition 0) is left out.
 
     Args:
         flops: the counted work of a side.
-        floor_seconds: the counted minimum of a side's repetition, given what the machine could do in that round.
+        floor_seconds: the counted minimum of a side's repetition, given what the machine could do in that round; None
+            where nothing is counted.
         tokens: what a repetition is credited with.
+        floor_goal: by side, the share of that minimum in its time that is wanted at least.
     """
     rows = []
     for name, what in descriptions.items():
-        mine = [(group[name], group[MACHINE]) for group in groups if name in group]
+        mine = [(group[name], group.get(MACHINE, group[name])) for group in groups if name in group]
         if not mine:
             continue
         firsts = [replies[0] for replies, _ in mine]
@@ -178,11 +191,14 @@ def rows_of(
                 name=name,
                 what=what,
                 tokens_per_second=Spread.of([tokens / reply["seconds"] for reply, _ in timed]),
-                floor_fraction=Spread.of([floor_seconds(name, able) / reply["seconds"] for reply, able in timed]),
+                floor_fraction=None
+                if floor_seconds is None
+                else Spread.of([floor_seconds(name, able) / reply["seconds"] for reply, able in timed]),
                 flops=flops(name),
                 peak_rss_gb=max(replies[-1]["peak_rss_gb"] for replies, _ in mine),
                 warmup_seconds=statistics.median(first["seconds"] for first in firsts),
                 threads=firsts[0]["threads"],
+                floor_goal=floor_goal.get(name),
             )
         )
     return rows
@@ -205,13 +221,15 @@ def ratios_of(groups: Sequence[Group], ours: str, goals: Mapping[str, float | No
 
 def rates_of(groups: Sequence[Group]) -> dict[str, Spread]:
     """What the machine could do, over all rounds: GFLOP/s by product, GB/s as `bandwidth`."""
-    replies = [reply for group in groups for reply in group[MACHINE][1:]]
+    replies = [reply for group in groups for reply in group.get(MACHINE, [])[1:]]
+    if not replies:
+        return {}
     rates = {name: Spread.of([reply["rates"][name] / 1e9 for reply in replies]) for name in replies[0]["rates"]}
     return {**rates, "bandwidth": Spread.of([reply["bandwidth"] / 1e9 for reply in replies])}
 
 
-def environment() -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+def environment(peers: Mapping[str, Mapping[str, str]] = MappingProxyType({})) -> dict[str, Any]:
+    """What the figures depend on besides the code. `peers`: by peer, the packages of its environment."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -220,6 +238,9 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
+        "peers": {
+            peer: {name: found[name] for name in PEER_PACKAGES if name in found} for peer, found in peers.items()
+        },
         "git_revision": _git("rev-parse", "HEAD"),
         "git_modified": bool(_git("status", "--porcelain", "--", "agentark_jax", "benchmarks/*.py")),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -252,6 +273,15 @@ def _git(*arguments: str) -> str | None:
 def path_of(directory: Path, benchmark: str, quick: bool) -> Path:
     """Quick results have files of their own, so that they never replace real ones."""
     return directory / (f"{benchmark}.quick.json" if quick else f"{benchmark}.json")
+
+
+def paths_of(directory: Path, benchmark: str, quick: bool) -> list[Path]:
+    """The files of a benchmark that are there: its own, or those of its cases, NAME.CASE, by name."""
+    return sorted(
+        path
+        for path in directory.glob(f"{benchmark}*.json")
+        if path.name.split(".")[0] == benchmark and path.name.endswith(".quick.json") == quick
+    )
 
 
 def write(result: Result | Comparison, directory: Path) -> Path:
@@ -289,7 +319,8 @@ def table(result: Result | Comparison) -> str:
         *(_speeds(result, sizes) if isinstance(result, Result) else _quantities(result, sizes)),
         *(f"Check: {check.what}: {_number(check.value)}{_limit(check)}." for check in result.checks),
         f"{result.environment['cpu']}, {result.environment['cores']} cores; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items() if version is not None)
+        + _named({name: version for name, version in versions.items() if version is not None})
+        + "".join(f"; {peer}: {_named(found)}" for peer, found in result.environment.get("peers", {}).items())
         + f"; revision {(result.environment['git_revision'] or 'unknown')[:12]}"
         + ("" if not result.environment["git_modified"] else " with changes")
         + ".",
@@ -309,7 +340,7 @@ def _speeds(result: Result, sizes: str) -> list[str]:
         "|---|---|---|---|---|",
         *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
         "",
-        f"{result.model['name']}{precision}; {sizes}. Measured in the same rounds: {rates}.",
+        f"{result.model['name']}{precision}; {sizes}.{f' Measured in the same rounds: {rates}.' if rates else ''}",
     ]
 
 
@@ -328,7 +359,7 @@ def _quantities(result: Comparison, sizes: str) -> list[str]:
 
 def _table_row(row: Row, ratio: Ratio | None) -> str:
     speed, floor = row.tokens_per_second, row.floor_fraction
-    factor = ""
+    factor, wanted = "", "" if row.floor_goal is None else f", goal {row.floor_goal:.0%}"
     if ratio is not None:
         goal = "" if ratio.goal is None else f", goal {ratio.goal:g}×"
         factor = f"**{ratio.value.median:.2f}×** ({ratio.value.low:.2f} – {ratio.value.high:.2f}{goal})"
@@ -336,10 +367,14 @@ def _table_row(row: Row, ratio: Ratio | None) -> str:
         row.what,
         f"{speed.median:.1f} ({speed.low:.1f} – {speed.high:.1f})",
         factor,
-        f"{floor.median:.0%} ({floor.low:.0%} – {floor.high:.0%})",
+        "" if floor is None else f"{floor.median:.0%} ({floor.low:.0%} – {floor.high:.0%}{wanted})",
         f"{row.peak_rss_gb:.1f} GB",
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _named(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _limit(check: Check) -> str:

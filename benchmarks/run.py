@@ -6,14 +6,13 @@ python -m benchmarks.run --table                      # Markdown from the result
 """
 
 import argparse
-import importlib.util
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from agentark_jax.errors import AgentArkError, UsageError
-from benchmarks import compile_time, engine_client, generation, results, sft_memory, sft_step, store
+from benchmarks import compile_time, engine_client, generation, peers, results, sft_memory, sft_step, store
 
 SUITES = {
     "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)},
@@ -21,10 +20,10 @@ SUITES = {
     "engine": {engine_client.NAME: engine_client.run},
 }
 PEERS = {
-    sft_step.NAME: ("torch", "transformers"),
-    generation.NAME: ("torch", "transformers"),
-    sft_memory.NAME: ("torch", "transformers", "trl"),
-}  # packages that they need here; SGLang has an environment of its own
+    sft_step.NAME: ("trl",),
+    generation.NAME: ("trl",),
+    sft_memory.NAME: ("trl",),
+}  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -37,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", metavar="NAME", help="one benchmark of the suite")
     parser.add_argument("--quick", action="store_true", help="two repetitions and fewer tokens; own result files")
     parser.add_argument(
-        "--peers", action="store_true", help="also run transformers + torch and TRL (extras test, bench), or SGLang"
+        "--peers",
+        action="store_true",
+        help="also run those that we are compared with; make their environments first: python -m benchmarks.peers",
     )
     parser.add_argument("--model", default="gguf:gemma3-270m", help="a model directory in Hugging Face format")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where result files are (default: beside this)")
@@ -67,10 +68,9 @@ def run(options: argparse.Namespace) -> None:
     from agentark_jax.models.gguf import resolve_model
 
     names = chosen(options.suite, options.only)
-    needed = sorted({package for name in names for package in PEERS.get(name, ())})
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if options.peers and missing:
-        raise UsageError(f"--peers: {' and '.join(missing)} not installed; install the extras `test` and `bench`")
+    if options.peers:
+        for peer in sorted({peer for name in names for peer in PEERS.get(name, ())}):
+            peers.python(peer)  # raises before anything is measured
     model = resolve_model(options.model).resolve()
     # A directory's own name says which model it is without telling where it lies.
     shown = model.name if Path(options.model).expanduser().exists() else options.model
@@ -80,15 +80,14 @@ def run(options: argparse.Namespace) -> None:
         def say(message: str, name: str = name) -> None:
             print(f"[{time.monotonic() - started:6.0f} s] {name}: {message}", file=sys.stderr, flush=True)
 
-        result = SUITES[options.suite][name](model, shown, quick=options.quick, peers=options.peers, say=say)
-        say(f"wrote {results.write(result, options.results)}")
-        print(results.table(result), flush=True)
+        for result in SUITES[options.suite][name](model, shown, quick=options.quick, peers=options.peers, say=say):
+            say(f"wrote {results.write(result, options.results)}")
+            print(results.table(result), flush=True)
 
 
 def print_tables(suite: str, directory: Path, quick: bool, only: str | None) -> None:
     """Prints the tables of all results that are there. Raises UsageError when there is none."""
-    paths = [results.path_of(directory, name, quick) for name in chosen(suite, only)]
-    found = [path for path in paths if path.exists()]
+    found = [path for name in chosen(suite, only) for path in results.paths_of(directory, name, quick)]
     if not found:
         raise UsageError(f"{directory}: no result files; run the benchmarks first, or give --results")
     print("\n".join(results.table(results.read(path)) for path in found), end="")

@@ -6,7 +6,7 @@ measured is the peak of resident memory in the steps after the first, minus 16 b
 a process can reset its own peak.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class Sizes:
     steps: int = 3
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Comparison:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Comparison]:
     """Raises AgentArkError when the losses of the first step differ by more than 1e-4 of their size."""
     config = load_config(model)
     before = environment()
@@ -69,7 +69,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
             checks.append(compare_losses(replies, loss_tokens))
             pairs = [max(beyond[OURS]) / max(beyond[PEER])]
             ratios.append(Ratio(f"{OURS}, {shape}", f"{PEER}, {shape}", Spread.of(pairs), GOAL))
-    return Comparison(
+    yield Comparison(
         benchmark=NAME,
         title="Memory of a full fine-tuning step beyond 16 bytes per parameter",
         quick=quick,

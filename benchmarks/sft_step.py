@@ -5,7 +5,7 @@ Same weights, ids, batch and fp32; half of the tokens have no loss. The floor is
 traffic is not in it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,7 +38,7 @@ class Sizes:
     repetitions: int = 5
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Result:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Result]:
     """Raises AgentArkError when the losses of the first step differ by more than 1e-4 of their size."""
     sizes = Sizes(length=128, repetitions=2) if quick else Sizes()
     config = load_config(model)
@@ -92,7 +92,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
 
     if peers:
         checks.append(Check("loss of later steps, largest relative difference", later_difference(measured), None))
-    return Result(
+    yield Result(
         benchmark=NAME,
         title="Full fine-tuning step",
         unit="tokens/s",

@@ -55,7 +55,7 @@ class Sizes:
     looked_up: int = 100_000
 
 
-def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Result:
+def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Result]:
     """No model and no peer has a part in it. Takes 7 GB of disk, at the place of temporary files, for ten minutes."""
     sizes = Sizes(turns=1500, repetitions=2, stored=30_000, looked_up=3000) if quick else Sizes()
     before = environment()
@@ -76,7 +76,7 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
     def per_cpu_second(side: str) -> float:
         return statistics.median(sizes.turns / reply["cpu_seconds"] for reply in measured[0][side][1:])
 
-    return Result(
+    yield Result(
         benchmark=NAME,
         title="Trace store",
         unit="turns/s",

@@ -26,11 +26,15 @@ Repeat = Callable[[int], Reply]
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison: what a `module` of this package is to build from `setup`."""
+    """One side of a comparison: what a `module` of this package is to build from `setup`.
+
+    `python`: that of the environment in which it runs (see `peers`); ours unless said otherwise.
+    """
 
     name: str
     module: str
     setup: Mapping[str, Any]
+    python: str = sys.executable
 
 
 class Worker:
@@ -39,7 +43,7 @@ class Worker:
     def __init__(self, side: Side) -> None:
         self.name = side.name
         self._process = subprocess.Popen(
-            [sys.executable, "-m", side.module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [side.python, "-m", side.module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
         )
         try:
             self.ready = self._ask(side.setup)

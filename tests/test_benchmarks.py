@@ -442,7 +442,7 @@ def test_the_environment_of_the_peer_is_asked_for(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.slow
 def test_without_peers_only_the_client_itself_is_measured(tmp_path: Path):
-    found = engine_client.run(tmp_path, "nothing", quick=True, peers=False, say=lambda message: None)
+    (found,) = engine_client.run(tmp_path, "nothing", quick=True, peers=False, say=lambda message: None)
     assert results.read(results.write(found, tmp_path)) == found
     assert {entry.name.split(", ")[1] for entry in found.measured} == {engine_client.LOOPBACK}
     table = results.table(found)
