@@ -33,7 +33,7 @@ from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flo
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
 from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives.base import Objective
-from agentark_jax.objectives.chunked import CHUNK_BYTES
+from agentark_jax.objectives.chunked import portions
 from agentark_jax.objectives.grpo import GRPO
 from agentark_jax.objectives.sft import SFT
 from agentark_jax.training.config import FitConfig
@@ -224,10 +224,12 @@ def _divided(model: ModelConfig, fit: FitConfig) -> tuple[ModelConfig, FlatParam
 def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int], trainable_bytes: int) -> int:
     """Bytes on one device beyond the state, where no compiler tells; `trainable_bytes` are its trained parameters.
 
-    Gradients (twice with accumulation), the weights of one repetition of the layer pattern gathered in the compute
-    dtype with their fp32 gradients, what remat keeps of every layer, all activations of one layer (with fp32 attention
-    scores and their gradients where no kernel computes them, else with a kernel's result, two numbers per query and its
-    keys and values repeated for the query groups), the head gathered with its fp32 gradient, three chunks of logits.
+    What remat keeps of every layer; with accumulation the sum of gradients; and then the larger of two phases. In that
+    of the head: the head gathered with its fp32 gradient, two chunks of logits. In that of the layers: all gradients,
+    the weights of one repetition of the layer pattern gathered in the compute dtype with their fp32 gradients, all
+    activations of one layer (with fp32 attention scores and their gradients where no kernel computes them, else with a
+    kernel's result, two numbers per query and its keys and values repeated for the query groups).
+    Without remat the backward pass keeps three fp32 arrays of every norm and two more of the inner MLP besides.
     """
     width = jnp.dtype(fit.compute_dtype).itemsize
     tensor = sizes["tensor"]
@@ -241,18 +243,20 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     dense = [plan.backend(kind) == "xla" for kind in model.layer_types]
     scores = [heads * fit.row_length * (4 + 4 + width) if each else result + width * queries for each in dense]
     whole = [products + width * (2 * queries + keys + inner + 4 * hidden) + each for each in scores]
+    normed = hidden * (4 if model.sandwich_norms else 2) + (queries + keys if model.qk_norm else 0)
     by_remat: dict[Remat, float] = {
-        "none": sum(whole),
+        "none": sum(whole) + model.num_layers * (3 * 4 * normed + 2 * width * inner),
         "products": model.num_layers * products + dense.count(False) * result,
         "outputs": model.num_layers * 2 * width * hidden,
         "full": 0,
     }
     saved = tokens * (by_remat[fit.remat] + model.num_layers * width * hidden)
     working = tokens * ((0 if fit.remat == "none" else max(whole)) + max(scores))
-    gradients = trainable_bytes * (2 if fit.accumulation > 1 else 1)
+    summed = trainable_bytes if fit.accumulation > 1 else 0
     weights = matmul_params(model) / model.num_layers * model.period / tensor * (width + 4)
-    head = head_params(model) / tensor * (width + 4) + 3 * CHUNK_BYTES + 2 * tokens * hidden * width
-    return math.ceil(gradients + weights + saved + max(working, head))
+    chunks = 2 * min(portions("gpu").chunk_bytes, 4 * tokens * model.vocab_size / tensor)
+    head = head_params(model) / tensor * (width + 4) + chunks + 2 * tokens * hidden * width
+    return math.ceil(summed + saved + max(trainable_bytes + weights + working, head))
 
 
 def _cast(shapes: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentark_jax.objectives.chunked import chunk_rows, chunked_logprobs, chunked_nll
+from agentark_jax.models.sharding import MESH_AXES
+from agentark_jax.objectives import chunked
+from agentark_jax.objectives.chunked import Portions, chunk_rows, chunked_logprobs, chunked_nll, portions
 from agentark_jax.objectives.sft import sft_loss_from_hidden, term_totals, term_weights
 
 
@@ -217,6 +219,41 @@ def test_chunk_rows():
     assert chunk_rows(1024, 262_144, 2**27) == 128
     assert chunk_rows(10, 100, 2**27) == 10
     assert chunk_rows(1024, 262_144, 1) == 1
+    assert chunk_rows(16_380, 151_936, 2**28) == 384  # 441 would fit
+    assert chunk_rows(200, 1000, 2**28) == 200  # all there are
+    assert chunk_rows(1024, 1000, 4 * 1000 * 100) == 100
+
+
+@pytest.mark.parametrize("parts", [1, 16])
+def test_the_parts_that_logits_are_made_in_change_nothing(parts, monkeypatch):
+    monkeypatch.setattr(chunked, "portions", lambda platform: Portions(8 * 48 * 4, parts))
+    arguments = problem(0, 23, 48, 6, 0.6)
+
+    def loss(hidden, head):
+        return chunked_nll(hidden, head, *arguments[2:])[0]
+
+    def dense(hidden, head):
+        targets, coefficients, mask = arguments[2:]
+        return jnp.sum(jnp.where(mask, coefficients * dense_nll(hidden, head, targets, None), 0.0))
+
+    assert max(matmuls(jax.make_jaxpr(loss)(*arguments[:2]))) == 8 * 48 // parts
+    jax.tree.map(assert_close, *(jax.jit(jax.grad(f, (0, 1)))(*arguments[:2]) for f in (loss, dense)))
+
+
+@pytest.mark.parametrize(("platform", "products"), [("gpu", 1024 * 160), ("cpu", 1024 * 10), ("tpu", 1024 * 10)])
+def test_the_devices_of_the_mesh_decide_about_the_portions(platform, products):
+    device = jax.sharding.AbstractDevice(device_kind="some kind", num_cores=None, platform=platform)
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES, abstract_device=device)
+    arguments = problem(0, 1024, 160, 4, 0.5)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.make_jaxpr(lambda *given: chunked_nll(*given)[0])(*arguments)
+    assert matmuls(traced) == [products]
+
+
+def test_on_gpus_the_head_is_multiplied_in_one_piece_and_in_large_chunks():
+    assert portions("gpu").parts == 1
+    assert portions("gpu").chunk_bytes > portions("tpu").chunk_bytes
+    assert portions("cpu") == portions("tpu") == portions(None)
 
 
 def two_term_batch(rng, batch=2, length=9, vocabulary=11):

@@ -133,6 +133,12 @@ def traced_mesh() -> AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
+def traced_platform() -> str | None:
+    """That of the devices of the enclosing `on_mesh`; None without one."""
+    mesh = traced_mesh()
+    return None if mesh is None or mesh.abstract_device is None else mesh.abstract_device.platform
+
+
 def constrain(x: Array, axes: Axes, name: str) -> Array:
     """`x`, placed by its logical axes."""
     mesh = traced_mesh()

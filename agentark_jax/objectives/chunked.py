@@ -24,10 +24,26 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from agentark_jax.models.sharding import PARAMETERS, Axes, mesh_axes, partition_spec, traced_mesh
+from agentark_jax.models.sharding import PARAMETERS, Axes, mesh_axes, partition_spec, traced_mesh, traced_platform
 
-CHUNK_BYTES = 2**28
 NOTHING = (False, False)
+
+
+class Portions(NamedTuple):
+    """`chunk_bytes` bounds the fp32 logits that exist at once; `parts`: of the vocabulary, at most, in their making."""
+
+    chunk_bytes: int = 2**28
+    parts: int = 16
+
+
+def portions(platform: str | None) -> Portions:
+    """In what portions tokens are scored on devices of this platform (None: not known).
+
+    Every chunk reads and writes the whole gradient of the head: with chunks of a few hundred tokens a GPU does hardly
+    anything else. There a product with the whole head, added to what is there, is a single kernel, and slices of its
+    operands are copies.
+    """
+    return Portions(2**30, 1) if platform == "gpu" else Portions()
 
 
 class Scores(NamedTuple):
@@ -65,15 +81,25 @@ class _Settings:
     soft_cap: float | None
     temperature: float
     entropy: bool
-    chunk_bytes: int
+    portions: Portions
     wanted: tuple[bool, bool] = NOTHING
     token_axes: Axes = ()
     vocabulary_axes: Axes = ()
 
 
 def chunk_rows(tokens: int, vocabulary: int, chunk_bytes: int) -> int:
-    """Tokens per chunk so that its fp32 logits fit in `chunk_bytes`: at least 1, at most all `tokens`."""
-    return max(1, min(tokens, chunk_bytes // (4 * vocabulary)))
+    """Tokens per chunk so that its fp32 logits fit in `chunk_bytes`: at least 1, at most all `tokens`.
+
+    Where they are many but not all they are a multiple of 128: matrix products copy operands of other sizes on GPUs.
+    """
+    rows = max(1, min(tokens, chunk_bytes // (4 * vocabulary)))
+    return rows if rows == tokens or rows < 128 else rows - rows % 128
+
+
+def _portions(chunk_bytes: int | None) -> Portions:
+    """Those of the devices that are traced for, but `chunk_bytes` where that is given."""
+    usual = portions(traced_platform())
+    return usual if chunk_bytes is None else usual._replace(chunk_bytes=chunk_bytes)
 
 
 def chunked_logprobs(
@@ -85,16 +111,17 @@ def chunked_logprobs(
     temperature: float = 1.0,
     soft_cap: float | None = None,
     entropy: bool = False,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Scores:
     """Each target's log-probability (fp32) under softmax(cap(hidden @ unembedding.T) / temperature).
 
     Log-probabilities and, if asked for, entropies are differentiable with respect to `hidden` and `unembedding`, whose
     gradient is computed only if it is asked for and has its own dtype: an fp32 head beside bf16 hidden states is
     multiplied in bf16. `soft_cap` c replaces logits x by c·tanh(x / c), as Gemma 2 does. `chunk_bytes` bounds the fp32
-    logits that exist at once, on each device of a mesh. Equals the dense computation up to the order of sums.
+    logits that exist at once, on each device of a mesh (None: as `portions` says of these devices). Equals the dense
+    computation up to the order of sums.
     """
-    settings = _Settings(soft_cap, temperature, entropy, chunk_bytes)
+    settings = _Settings(soft_cap, temperature, entropy, _portions(chunk_bytes))
     return _recomputing(settings, _Inputs(hidden, unembedding, targets, mask))
 
 
@@ -106,14 +133,14 @@ def chunked_nll(
     mask: Bool[Array, " N"],
     *,
     soft_cap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], Scores]:
     """-Σ coefficients[n]·logprobs[n] over the tokens of `mask`, and the `chunked_logprobs` at temperature 1.
 
     The sum is differentiable with respect to `hidden` and `unembedding` and to nothing else; the scores are not. It
     takes three products with the head where the same sum of `chunked_logprobs` and its gradients take four.
     """
-    settings = _Settings(soft_cap, 1.0, False, chunk_bytes)
+    settings = _Settings(soft_cap, 1.0, False, _portions(chunk_bytes))
     cotangents = jax.lax.stop_gradient(-jnp.where(mask, coefficients, 0.0).astype(jnp.float32))
     total, scores = _fused(settings, _Inputs(hidden, unembedding, targets, mask, (cotangents, None)))
     return total, jax.lax.stop_gradient(scores)
@@ -218,7 +245,7 @@ def _on_one_device(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradi
     hidden, head = inputs.hidden, inputs.unembedding
     tokens = hidden.shape[0]
     everywhere = settings.token_axes + settings.vocabulary_axes
-    rows = chunk_rows(tokens, head.shape[0], settings.chunk_bytes)
+    rows = chunk_rows(tokens, head.shape[0], settings.portions.chunk_bytes)
     # Places that are left over are out of range: read as zero, never written.
     order = jnp.nonzero(inputs.mask, size=-(-tokens // rows) * rows, fill_value=tokens)[0]
     chunks = (inputs.mask.sum() + rows - 1) // rows
@@ -228,7 +255,7 @@ def _on_one_device(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradi
         at = jax.lax.dynamic_slice_in_dim(order, chunk * rows, rows)
         take = partial(jnp.take, indices=at, axis=0, mode="fill", fill_value=0)
         mine = take(hidden)
-        products = _products(mine, head, _zeros((rows, head.shape[0]), jnp.float32, everywhere))
+        products = _products(settings, mine, head, _zeros((rows, head.shape[0]), jnp.float32, everywhere))
         found, pullback, correct = jax.vjp(partial(_score, settings, take(inputs.targets)), products, has_aux=True)
         scores = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), scores, Scores(*found, correct))
         if settings.wanted == NOTHING:
@@ -253,17 +280,19 @@ def _zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, axes: Axes) -> A
     return jax.lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
-def _block_size(vocabulary: int) -> int:
-    """Products with the head, and those that make its gradient, are made in up to 16 equal parts of the vocabulary.
+def _block_size(settings: _Settings, vocabulary: int) -> int:
+    """Products with the head, and those that make its gradient, are made in equal parts of the vocabulary.
 
     In one piece the first kind repacks the whole head on CPU, and the second needs the head's size beside the sum.
     """
-    return vocabulary // next(parts for parts in range(16, 0, -1) if vocabulary % parts == 0)
+    return vocabulary // next(parts for parts in range(settings.portions.parts, 0, -1) if vocabulary % parts == 0)
 
 
-def _products(hidden: Float[Array, "R D"], head: Float[Array, "V D"], out: Float[Array, "R V"]) -> Float[Array, "R V"]:
+def _products(
+    settings: _Settings, hidden: Float[Array, "R D"], head: Float[Array, "V D"], out: Float[Array, "R V"]
+) -> Float[Array, "R V"]:
     """hidden @ head.T, written into `out`."""
-    size = _block_size(head.shape[0])
+    size = _block_size(settings, head.shape[0])
 
     def write(block: Array, out: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(head, block * size, size)
@@ -322,7 +351,7 @@ def _accumulated(
         new = jax.lax.psum(new, settings.vocabulary_axes) if settings.vocabulary_axes else new
         of_hidden = of_hidden.at[at].set(new.astype(of_hidden.dtype), mode="drop")
     if of_head is not None:
-        size = _block_size(head.shape[0])
+        size = _block_size(settings, head.shape[0])
 
         def add(block: Array, total: Array) -> Array:
             part = jax.lax.dynamic_slice_in_dim(of_products, block * size, size, axis=1)

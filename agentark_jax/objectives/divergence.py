@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from agentark_jax.objectives.chunked import CHUNK_BYTES, chunk_rows
+from agentark_jax.objectives.chunked import Portions, chunk_rows
 
 
 class Readout(NamedTuple):
@@ -40,7 +40,7 @@ def divergences(
     readouts: tuple[Readout, Readout],
     targets: Int[Array, " N"],
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int = Portions().chunk_bytes,
 ) -> Divergences:
     """Compares two models where each has read the same tokens.
 

@@ -19,7 +19,7 @@ from agentark_jax.errors import UsageError
 from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.transformer import hidden_states, unembedding
-from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_logprobs
+from agentark_jax.objectives.chunked import chunked_logprobs
 from agentark_jax.objectives.config import PolicyLossConfig
 from agentark_jax.objectives.sft import Batch, share, term_weights
 
@@ -77,7 +77,7 @@ def grpo_loss(
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
     attention: AttentionPlan = XLA,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`policy_loss` of the network, differentiable in `params`; entropies are reported and carry no gradient.
 
@@ -99,7 +99,7 @@ def grpo_loss_from_hidden(
     loss: PolicyLossConfig,
     *,
     soft_cap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`grpo_loss` after the trunk: from final hidden states and the [V, D] head."""
     sampled = sampled_tokens(batch)

@@ -21,7 +21,6 @@ from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.heads import values
 from agentark_jax.models.transformer import hidden_states, unembedding
 from agentark_jax.objectives.base import Metrics
-from agentark_jax.objectives.chunked import CHUNK_BYTES
 from agentark_jax.objectives.config import PolicyLossConfig, ValueLossConfig
 from agentark_jax.objectives.grpo import grpo_loss_from_hidden, policy_totals, sampled_tokens
 from agentark_jax.objectives.sft import Batch, share
@@ -115,7 +114,7 @@ def ppo_loss(
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
     attention: AttentionPlan = XLA,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """`policy_loss` plus coefficient · `value_loss` of the network, which is run once; differentiable in `params`.
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from agentark_jax.models.attention import XLA, AttentionPlan
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.transformer import hidden_states, unembedding
-from agentark_jax.objectives.chunked import CHUNK_BYTES, chunked_nll
+from agentark_jax.objectives.chunked import chunked_nll
 
 Batch = Mapping[str, Any]
 
@@ -65,7 +65,7 @@ def sft_loss(
     remat: Remat = "products",
     dtype: jax.typing.DTypeLike | None = None,
     attention: AttentionPlan = XLA,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """loss = Σ_term coefficient · Σ_t weight·nll / total, and its metrics; differentiable in `params`.
 
@@ -96,7 +96,7 @@ def sft_loss_from_hidden(
     coefficients: Mapping[str, float],
     *,
     soft_cap: float | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """`sft_loss` after the trunk: from final hidden states and the [V, D] head."""
     weights = term_weights(batch)
