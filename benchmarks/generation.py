@@ -12,7 +12,7 @@ import numpy as np
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import ModelConfig, load_config
-from agentark_jax.models.flops import Flops, decode_bytes, decode_flops, prefill_flops
+from agentark_jax.models.flops import FP32_BYTES, Flops, decode_bytes, decode_flops, prefill_flops
 from benchmarks.inputs import prompts as make_prompts
 from benchmarks.results import MACHINE, Check, Result, environment, rates_of, ratios_of, rows_of
 from benchmarks.workers import Reply, Side, interleaved
@@ -97,14 +97,19 @@ def total_flops(config: ModelConfig, lengths: list[int], new_tokens: int) -> Flo
 
 
 def floor_seconds(
-    config: ModelConfig, lengths: list[int], new_tokens: int, rates: dict[str, float], bandwidth: float
+    config: ModelConfig,
+    lengths: list[int],
+    new_tokens: int,
+    rates: dict[str, float],
+    bandwidth: float,
+    width: int = FP32_BYTES,
 ) -> float:
-    """`rates` in FLOP/s of the products named prefill, decode and head; `bandwidth` in bytes/s."""
+    """`rates` in FLOP/s of the products named prefill, decode and head; `bandwidth` in bytes/s; `width` of a number."""
     seconds = sum(prefill_flops(config, lengths).values()) / rates["prefill"]
     for positions in step_positions(lengths, new_tokens):
         flops = decode_flops(config, positions)
         computing = (flops["trunk"] + flops["attention"]) / rates["decode"] + flops["head"] / rates["head"]
-        seconds += max(computing, decode_bytes(config, positions) / bandwidth)
+        seconds += max(computing, decode_bytes(config, positions, width) / bandwidth)
     return seconds
 
 

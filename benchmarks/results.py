@@ -313,12 +313,13 @@ def table(result: Result | Comparison) -> str:
     """A Markdown section: one row per side, then how it was measured."""
     sizes = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in result.sizes.items())
     versions = result.environment["packages"]
+    accelerator = f"{result.environment['accelerator']}; " if "accelerator" in result.environment else ""
     lines = [
         f"### {result.title}",
         "",
         *(_speeds(result, sizes) if isinstance(result, Result) else _quantities(result, sizes)),
         *(f"Check: {check.what}: {_number(check.value)}{_limit(check)}." for check in result.checks),
-        f"{result.environment['cpu']}, {result.environment['cores']} cores; "
+        f"{accelerator}{result.environment['cpu']}, {result.environment['cores']} cores; "
         + _named({name: version for name, version in versions.items() if version is not None})
         + "".join(f"; {peer}: {_named(found)}" for peer, found in result.environment.get("peers", {}).items())
         + f"; revision {(result.environment['git_revision'] or 'unknown')[:12]}"
@@ -334,9 +335,11 @@ def _speeds(result: Result, sizes: str) -> list[str]:
         f"{name} {spread.median:,.3g} GB/s" if name == "bandwidth" else f"{name} {spread.median:,.0f} GFLOP/s"
         for name, spread in result.rates.items()
     )
-    precision = ", fp32" if "model_type" in result.model else ""
+    computed = result.model.get("precision", "fp32" if "model_type" in result.model else "")
+    precision = f", {computed}" if computed else ""
+    memory = "peak memory of the host" if "accelerator" in result.environment else "peak memory"
     return [
-        f"| | {result.unit}, median (range) | ours is … as fast | of the floor | peak memory |",
+        f"| | {result.unit}, median (range) | ours is … as fast | of the floor | {memory} |",
         "|---|---|---|---|---|",
         *(_table_row(row, ratio_to.get(row.name)) for row in result.rows),
         "",

@@ -2,6 +2,7 @@
 
 python -m benchmarks.run --suite cpu --peers          # everything, against transformers + torch and TRL: half an hour
 python -m benchmarks.run --suite cpu --quick          # ours alone, fewer tokens
+python -m benchmarks.run --suite gpu --peers          # on one GPU of 80 GB, random weights
 python -m benchmarks.run --table                      # Markdown from the result files
 """
 
@@ -12,17 +13,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from agentark_jax.errors import AgentArkError, UsageError
-from benchmarks import compile_time, engine_client, generation, peers, results, sft_memory, sft_step, store
+from benchmarks import (
+    compile_time,
+    engine_client,
+    generation,
+    gpu_generation,
+    gpu_sft,
+    peers,
+    results,
+    sft_memory,
+    sft_step,
+    store,
+)
 
 SUITES = {
     "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
+    "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
 }
 PEERS = {
     sft_step.NAME: ("trl",),
     generation.NAME: ("trl",),
     sft_memory.NAME: ("trl",),
+    gpu_sft.NAME: ("trl",),
 }  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -80,8 +80,8 @@ def decode_flops(config: ModelConfig, positions: Sequence[int]) -> Flops:
     }
 
 
-def decode_bytes(config: ModelConfig, positions: Sequence[int]) -> int:
-    """What one decode step reads in fp32: every weight once, and the keys and values that are attended to."""
+def decode_bytes(config: ModelConfig, positions: Sequence[int], width: int = FP32_BYTES) -> int:
+    """What one decode step reads: every weight once, and the keys and values that are attended to, of `width` bytes."""
     pairs = sum(attended(config, kind, position) for position in positions for kind in config.layer_types)
     cache = 2 * config.num_kv_heads * config.head_dim * pairs
-    return FP32_BYTES * (matmul_params(config) + head_params(config) + cache)
+    return width * (matmul_params(config) + head_params(config) + cache)
