@@ -38,6 +38,7 @@ PEERS = {
     sft_memory.NAME: ("trl",),
     gpu_sft.NAME: ("trl",),
 }  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
+MODELLESS = {"gpu"}  # suites with random weights, that --model says nothing to
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -78,16 +79,11 @@ def chosen(suite: str, only: str | None) -> list[str]:
 
 def run(options: argparse.Namespace) -> None:
     """Runs the chosen benchmarks one after the other and writes each result as soon as it is there."""
-    # Here, because tables need no model: this imports JAX.
-    from agentark_jax.models.gguf import resolve_model
-
     names = chosen(options.suite, options.only)
     if options.peers:
         for peer in sorted({peer for name in names for peer in PEERS.get(name, ())}):
             peers.python(peer)  # raises before anything is measured
-    model = resolve_model(options.model).resolve()
-    # A directory's own name says which model it is without telling where it lies.
-    shown = model.name if Path(options.model).expanduser().exists() else options.model
+    model, shown = (Path(), "") if options.suite in MODELLESS else resolved(options.model)
     started = time.monotonic()
     for name in names:
 
@@ -97,6 +93,16 @@ def run(options: argparse.Namespace) -> None:
         for result in SUITES[options.suite][name](model, shown, quick=options.quick, peers=options.peers, say=say):
             say(f"wrote {results.write(result, options.results)}")
             print(results.table(result), flush=True)
+
+
+def resolved(source: str) -> tuple[Path, str]:
+    """A model's directory, and what it is called in results. Raises as `resolve_model`."""
+    # Here, because tables need no model: this imports JAX.
+    from agentark_jax.models.gguf import resolve_model
+
+    model = resolve_model(source).resolve()
+    # A directory's own name says which model it is without telling where it lies.
+    return model, model.name if Path(source).expanduser().exists() else source
 
 
 def print_tables(suite: str, directory: Path, quick: bool, only: str | None) -> None:

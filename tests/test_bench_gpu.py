@@ -9,8 +9,8 @@ import pytest
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import decode_bytes
-from benchmarks import generation, gpu_generation, gpu_inputs, gpu_sft, peers, results, run
-from benchmarks.results import MACHINE, Spread
+from benchmarks import generation, gpu_generation, gpu_inputs, gpu_jax, gpu_sft, peers, results, run
+from benchmarks.results import Spread
 from benchmarks.workers import ROOT, Side
 
 TINY = ModelConfig.from_hf(gpu_inputs.shape_of("tiny Qwen/Qwen3-0.6B"), "test")
@@ -75,17 +75,59 @@ def test_bf16_halves_the_bytes_of_the_floor():
     assert decode_bytes(TINY, [3, 4], 2) * 2 == decode_bytes(TINY, [3, 4])
 
 
-def test_where_there_is_no_gpu_nothing_is_measured():
-    setup = {"side": "machine", "shapes": {"product": [64, 32, 16]}, "bandwidth_bytes": 2**16}
-    sides = [Side(MACHINE, "benchmarks.gpu_jax", setup)]
-    with pytest.raises(UsageError, match=r"'machine' finds no GPU.*\[cuda\]"):
-        gpu_inputs.alone(sides, 1, lambda replies: None, lambda message: None, anywhere=False)
+class FakeWorker:
+    """A side that answers at once, from its setup."""
+
+    def __init__(self, side: Side) -> None:
+        self.ready = {"platform": side.setup["platform"]}
+
+    def __enter__(self) -> "FakeWorker":
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def repeat(self, index: int) -> dict:
+        return {"seconds": float(index)}
+
+
+def test_where_a_side_finds_no_gpu_it_is_not_measured(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_inputs, "Worker", FakeWorker)
+    sides = [Side(name, "", {"platform": platform}) for name, platform in (("ours", "gpu"), ("torch", "cpu"))]
     checked: list[dict] = []
-    replies = gpu_inputs.alone(sides, 1, checked.append, lambda message: None, anywhere=True)[MACHINE]
-    assert checked == [{MACHINE: replies[0]}]
-    assert len(replies) == 2
-    assert replies[1]["peak_flops"] is None
-    assert replies[1]["rates"]["product"] > 0
+    with pytest.raises(UsageError, match=r"'torch' finds no GPU.*\[cuda\]"):
+        gpu_inputs.alone(sides, 2, checked.append, lambda message: None, anywhere=False)
+    assert [set(replies) for replies in checked] == [{"ours"}]
+    replies = gpu_inputs.alone(sides, 2, checked.append, lambda message: None, anywhere=True)
+    assert {side: [reply["seconds"] for reply in found] for side, found in replies.items()} == {
+        "ours": [0.0, 1.0, 2.0],
+        "torch": [0.0, 1.0, 2.0],
+    }
+    assert set(checked[-1]) == {"ours", "torch"}
+
+    def disagree(replies: dict) -> None:
+        raise AgentArkError("no")
+
+    with pytest.raises(AgentArkError, match="no"):
+        gpu_inputs.alone(sides, 2, disagree, lambda message: None, anywhere=True)
+
+
+def test_the_machine_has_rates_and_no_peak_where_none_is_known():
+    setup = {"side": "machine", "shapes": {"product": [64, 32, 16]}, "bandwidth_bytes": 2**16}
+    repeat, facts = gpu_jax.build(setup)
+    assert (facts["platform"], facts["peak_flops"]) == ("cpu", None)
+    reply = repeat(0)
+    assert 0 < reply["rates"]["product"] < 1e15
+    assert reply["bandwidth"] > 0
+
+
+def test_the_suite_needs_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def refuse(model: Path, name: str, **settings: object):
+        raise UsageError(f"as far as this: {settings['quick']}")
+
+    monkeypatch.setitem(run.SUITES["gpu"], gpu_sft.NAME, refuse)
+    arguments = ["--suite", "gpu", "--quick", "--model", str(tmp_path / "missing"), "--results", str(tmp_path)]
+    assert run.main(arguments) == UsageError.exit_code
+    assert "as far as this: True" in capsys.readouterr().err
 
 
 def test_tables_name_the_accelerator_and_the_precision(tmp_path: Path):
