@@ -263,23 +263,33 @@ def _cast(shapes: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {path: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) for path, leaf in shapes.items()}
 
 
-def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None) -> StepMemory:
-    """What the platform's own compiler needs for the step, from a process without devices.
+def compiler_environment(where: Topology) -> dict[str, str]:
+    """What the environment of a process must say, before JAX starts there, for it to compile for devices it lacks.
 
-    Raises UsageError when libtpu is missing, AgentArkError when the step does not compile.
+    Raises UsageError when libtpu is missing.
     """
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     if where.platform == "tpu":
         if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
             raise UsageError(
                 f"--topology {where.name} needs the TPU compiler, which runs without a TPU: pip install "
                 "'agentark-jax[tpu]', or set TPU_LIBRARY_PATH to a libtpu.so"
             )
-        environment |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": where.accelerator}
-        environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # no device is used, so there is none to guard
-    else:
-        flags = os.environ.get("XLA_FLAGS", "")
-        environment["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={where.devices}".strip()
+        return {
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "TPU_ACCELERATOR_TYPE": where.accelerator,
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device is used, so there is none to guard
+        }
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={where.devices}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
+
+
+def compiled_memory(model: ModelConfig, fit: FitConfig, where: Topology, rl: RLConfig | None = None) -> StepMemory:
+    """What the platform's own compiler needs for the step, from a process without devices.
+
+    Raises UsageError when libtpu is missing, AgentArkError when the step does not compile.
+    """
+    environment = {**os.environ, **compiler_environment(where)}
     root = str(Path(__file__).parents[1])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     started = time.monotonic()

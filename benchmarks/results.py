@@ -349,6 +349,7 @@ def _speeds(result: Result, sizes: str) -> list[str]:
 
 def _quantities(result: Comparison, sizes: str) -> list[str]:
     ratio_of = {ratio.of: ratio for ratio in result.ratios}
+    precision = result.model.get("dtype", "fp32")
     rows = []
     for entry in result.measured:
         of, shown = entry.value, ""
@@ -357,7 +358,13 @@ def _quantities(result: Comparison, sizes: str) -> list[str]:
             goal = "" if ratio.goal is None else f", goal at most {ratio.goal:g}×"
             shown = f"**{spread.median:.2f}×** ({spread.low:.2f} – {spread.high:.2f}{goal}) of {ratio.over}"
         rows.append(f"| {entry.what} | {of.median:.2f} {entry.unit} ({of.low:.2f} – {of.high:.2f}) | {shown} |")
-    return ["| | median (range) | ratio |", "|---|---|---|", *rows, "", f"{result.model['name']}, fp32; {sizes}."]
+    return [
+        "| | median (range) | ratio |",
+        "|---|---|---|",
+        *rows,
+        "",
+        f"{result.model['name']}, {precision}; {sizes}.",
+    ]
 
 
 def _table_row(row: Row, ratio: Ratio | None) -> str:

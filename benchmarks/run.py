@@ -3,6 +3,7 @@
 python -m benchmarks.run --suite cpu --peers          # everything, against transformers + torch and TRL: half an hour
 python -m benchmarks.run --suite cpu --quick          # ours alone, fewer tokens
 python -m benchmarks.run --suite gpu --peers          # on one GPU of 80 GB, random weights
+python -m benchmarks.run --suite tpu_compile          # steps compiled for TPUs that are not there (extra `tpu`)
 python -m benchmarks.run --table                      # Markdown from the result files
 """
 
@@ -21,16 +22,21 @@ from benchmarks import (
     gpu_sft,
     peers,
     results,
+    growth,
+    peers,
+    results,
+    scaling,
     sft_memory,
     sft_step,
     store,
 )
 
 SUITES = {
-    "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time)},
+    "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time, growth)},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
+    "tpu_compile": {scaling.NAME: scaling.run},
 }
 PEERS = {
     sft_step.NAME: ("trl",),
