@@ -43,6 +43,8 @@ NAME = "growth"
 SIDE = "benchmarks.growth_side"
 LOSS_TOLERANCE = 1e-5  # of the loss, between one process and two
 
+CALLS, PROMPTS, NEW = "calls", "prompt tokens", "new prompt tokens"
+
 Say = Callable[[str], None]
 
 
@@ -52,9 +54,9 @@ class Sizes:
 
     contexts: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     vocabularies: tuple[int, ...] = (32768, 65536, 131072, 262144)
-    agents: tuple[int, ...] = (2, 3, 4, 6, 8)
-    rounds: tuple[int, ...] = (1, 2, 3, 4, 5)
-    questions: tuple[int, ...] = (4, 8, 16, 32)
+    agents: tuple[int, ...] = (2, 3, 4, 8)
+    rounds: tuple[int, ...] = (1, 2, 3, 4)
+    questions: tuple[int, ...] = (4, 8, 16)
     layers: int = 4
     hidden: int = 256
     rows: int = 4
@@ -66,7 +68,7 @@ class Sizes:
 QUICK = Sizes(
     contexts=(256, 512),
     vocabularies=(8192, 32768),
-    agents=(2, 4),
+    agents=(2, 3),
     rounds=(1, 3),
     questions=(2, 4),
     layers=2,
@@ -228,8 +230,8 @@ def of_debates(model: Path, name: str, sizes: Sizes, quick: bool, say: Say) -> C
             for size, config, questions in points:
                 config = replace(config, layout=layout, max_tokens=sizes.completion_tokens)
                 counts.append(count(form, config, questions))
-                for counted, number in counts[-1].items():
-                    label = f"{layout}, {size} {what}: {counted}"
+                for counted in (PROMPTS, NEW):
+                    number, label = counts[-1][counted], f"{layout}, {size} {what}: {counted}"
                     measured.append(Measured(label, label, "", Spread.of([float(number)])))
             say(f"{layout}, {what}: {counts[-1]}")
             for counted in counts[0]:
@@ -260,7 +262,7 @@ def count(form: Format, config: DebateConfig, questions: int) -> dict[str, int]:
     with TemporaryDirectory() as directory, TraceStore(Path(directory) / "traces.sqlite") as store:
         store.put_questions(asked)
         asyncio.run(everyone(Pool((Agent(Caller(engine, store, form, seed=0)),))))
-    return {"calls": engine.calls, "prompt tokens": engine.prompt_tokens, "new prompt tokens": engine.new_tokens}
+    return {CALLS: engine.calls, PROMPTS: engine.prompt_tokens, NEW: engine.new_tokens}
 
 
 def of_processes(sizes: Sizes, quick: bool, say: Say) -> Comparison:
