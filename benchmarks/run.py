@@ -26,6 +26,10 @@ from benchmarks import (
     peers,
     results,
     scaling,
+    grpo,
+    overheads,
+    peers,
+    results,
     sft_memory,
     sft_step,
     store,
@@ -33,6 +37,7 @@ from benchmarks import (
 
 SUITES = {
     "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time, growth)},
+    "cpu": {module.NAME: module.run for module in (sft_step, generation, grpo, sft_memory, overheads, compile_time)},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
@@ -41,6 +46,7 @@ SUITES = {
 PEERS = {
     sft_step.NAME: ("trl",),
     generation.NAME: ("trl",),
+    grpo.NAME: ("trl",),
     sft_memory.NAME: ("trl",),
     gpu_sft.NAME: ("trl",),
 }  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
