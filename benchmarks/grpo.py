@@ -19,7 +19,7 @@ import numpy as np
 
 from agentark_jax.data.render import PlainFormat
 from agentark_jax.data.tokenizer import Tokenizer
-from agentark_jax.errors import AgentArkError
+from agentark_jax.errors import AgentArkError, require
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.flops import Flops, decode_bytes, decode_flops, prefill_flops, sft_flops
 from agentark_jax.tasks.config import TaskConfig
@@ -47,6 +47,10 @@ class Sizes:
     rows: int = 8
     micro_batch: int = 8
     repetitions: int = 3
+
+    def __post_init__(self) -> None:
+        rest = self.rollouts % self.micro_batch
+        require(rest == 0, "micro_batch", self.micro_batch, f"a divisor of the {self.rollouts} rollouts")
 
     @property
     def rollouts(self) -> int:

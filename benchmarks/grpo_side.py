@@ -36,7 +36,7 @@ from agentark_jax.training.reward_config import RewardConfig
 from agentark_jax.training.rewards import Rollout
 from agentark_jax.training.rl import learn
 from agentark_jax.training.rl_config import RLConfig
-from benchmarks.stepwise import After, Stepwise, even_share
+from benchmarks.stepwise import After, Stepwise, cheap_reward
 from benchmarks.workers import Repeat, Reply, serve
 
 Setup = Mapping[str, Any]
@@ -55,7 +55,7 @@ class Endless(PlainFormat):
 
 
 def reward(rollout: Rollout) -> float:
-    return even_share(rollout.ids.tolist())
+    return cheap_reward(rollout.ids.tolist())
 
 
 def settings(setup: Setup) -> RLConfig:

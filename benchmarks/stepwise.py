@@ -48,6 +48,6 @@ class Stepwise:
         self._go.acquire()
 
 
-def even_share(ids: list[int]) -> float:
-    """A reward that costs nothing, differs within a group, and that a policy could learn: the share of even ids."""
-    return sum(token % 2 == 0 for token in ids) / len(ids)
+def cheap_reward(ids: list[int]) -> float:
+    """A rule that costs nothing and hardly ever gives all rollouts of a group the same, which would teach nothing."""
+    return sum(ids) % 1000 / 1000

@@ -96,7 +96,7 @@ def test_what_a_loop_raises_reaches_whoever_waits():
 
 def test_the_work_of_a_step_is_counted_by_hand():
     config = ModelConfig.from_hf(RAW, "test")
-    sizes = Sizes(prompts=1, group_size=2, prompt_tokens=3, new_tokens=2)
+    sizes = Sizes(prompts=1, group_size=2, prompt_tokens=3, new_tokens=2, micro_batch=2)
     per_token = 2 * (16 * (2 * 16 + 2 * 8) + 3 * 16 * 24)  # two layers' projections and MLPs
     head, pair = 320 * 16, 4 * 2 * 8 * 2  # FLOPs of a pair of positions over both layers
     assert grpo.flops(config, sizes) == {
@@ -110,7 +110,7 @@ def test_the_work_of_a_step_is_counted_by_hand():
 
 def test_the_floor_takes_the_larger_of_computing_and_reading_in_each_step():
     config = ModelConfig.from_hf(RAW, "test")
-    sizes = Sizes(prompts=1, group_size=2, prompt_tokens=3, new_tokens=2)
+    sizes = Sizes(prompts=1, group_size=2, prompt_tokens=3, new_tokens=2, micro_batch=2)
     rates = {"trunk": 1e9, "decode": 2e9, "decode head": 3e9, "head": 4e9}
     work = grpo.flops(config, sizes)
     outside = (work["prefill"] + work["trunk"]) / 1e9 + work["head"] / 4e9
@@ -120,6 +120,11 @@ def test_the_floor_takes_the_larger_of_computing_and_reading_in_each_step():
     cached = 2 * 2 * 8 * 2 * (3 + 4)  # keys and values of both layers for two rollouts
     expected = outside + 4 * (2 * weights + cached) / 1e3
     assert grpo.floor_seconds(config, sizes, rates, 1e3) == pytest.approx(expected)
+
+
+def test_a_step_that_cannot_be_cut_into_micro_batches_is_refused():
+    with pytest.raises(UsageError, match=r"micro_batch.*divisor of the 32 rollouts"):
+        Sizes(micro_batch=5)
 
 
 def reply(**changes) -> dict:
