@@ -8,8 +8,8 @@ What was chosen, and why:
 - `micro_batch` completions a forward pass, all of them in one optimizer step;
 - no reference model (beta 0, its default), one pass over the rollouts, so it computes no old log-probabilities either.
 
-An end token would cut rollouts short. The tokenizer's is set to the last token of the vocabulary, which no model says;
-forbidding a token would cost a pass over the logits at every step. What was sampled is counted all the same.
+An end token would cut rollouts short. The tokenizer gets a new one, for which the model has no output: nothing ends
+early, and nothing is paid for that, where forbidding a token costs a pass over the logits at every step.
 """
 
 import tempfile
@@ -79,11 +79,9 @@ def build(setup: Setup) -> tuple[Repeat, Reply]:
     """One repetition is one step of the trainer, with the rollouts that it samples for it."""
     model = AutoModelForCausalLM.from_pretrained(setup["model"], dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(setup["model"], local_files_only=True)
-    lengths = {len(ids) for ids in tokenizer(setup["texts"])["input_ids"]}
-    if lengths != {setup["prompt_tokens"]}:
-        raise ValueError(f"prompts of {lengths} tokens; wanted {setup['prompt_tokens']} each")
+    texts = prompts(tokenizer, setup)
     logprobs = scored(model, setup["scored"])
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.vocab_size - 1)
+    tokenizer.add_special_tokens({"eos_token": "<never said>"})
     model.generation_config.eos_token_id = None
 
     def train(after: After) -> None:
@@ -93,13 +91,25 @@ def build(setup: Setup) -> tuple[Repeat, Reply]:
                 model,
                 [reward],
                 settings(setup, output),
-                train_dataset=Dataset.from_dict({"prompt": setup["texts"]}),
+                train_dataset=Dataset.from_dict({"prompt": texts}),
                 processing_class=tokenizer,
                 callbacks=[told],
             )
             told.trainer.train()
 
     return Stepwise(train).repeat, {"threads": torch.get_num_threads(), "logprobs": logprobs}
+
+
+def prompts(tokenizer: Any, setup: Setup) -> list[str]:
+    """The texts, with the beginning-of-sequence token spelled out where the tokenizer does not add it by itself.
+
+    Raises ValueError where that does not make prompts of the length that they are to have.
+    """
+    for start in ("", tokenizer.bos_token or ""):
+        texts = [start + text for text in setup["texts"]]
+        if {len(ids) for ids in tokenizer(texts)["input_ids"]} == {setup["prompt_tokens"]}:
+            return texts
+    raise ValueError(f"these texts are not {setup['prompt_tokens']} tokens each to this tokenizer")
 
 
 def settings(setup: Setup, output: str) -> GRPOConfig:
