@@ -28,6 +28,7 @@ from jax.sharding import AbstractMesh
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import lora
 from agentark_jax.models.attention import AttentionPlan
+from agentark_jax.models.blocked import block_size
 from agentark_jax.models.config import ModelConfig, Remat
 from agentark_jax.models.flops import Flops, head_params, matmul_params, sft_flops
 from agentark_jax.models.sharding import MESH_AXES, row_sharding
@@ -227,8 +228,8 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     What remat keeps of every layer; with accumulation the sum of gradients; and then the larger of two phases. In that
     of the head: the head gathered with its fp32 gradient, two chunks of logits. In that of the layers: all gradients,
     the weights of one repetition of the layer pattern gathered in the compute dtype with their fp32 gradients, all
-    activations of one layer (with fp32 attention scores and their gradients where no kernel computes them, else with a
-    kernel's result, two numbers per query and its keys and values repeated for the query groups).
+    activations of one layer (with the result of attention, two numbers per query, and keys and values repeated for the
+    query groups; where no kernel computes it with a block's fp32 scores and their gradients besides).
     Without remat the backward pass keeps three fp32 arrays of every norm and two more of the inner MLP besides.
     """
     width = jnp.dtype(fit.compute_dtype).itemsize
@@ -238,20 +239,21 @@ def modelled_bytes(model: ModelConfig, fit: FitConfig, sizes: Mapping[str, int],
     heads, inner, hidden = model.num_heads / tensor, model.intermediate_size / tensor, model.hidden_size
     queries, keys = heads * model.head_dim, kv_heads * model.head_dim
     products = width * (queries + 2 * keys + 2 * inner + 2 * hidden)  # per token, as all below
-    result = width * queries + 2 * 4 * heads  # of a kernel
+    result = width * queries + 2 * 4 * heads
     plan, _ = fit_attention(fit, model, "gpu")
-    dense = [plan.backend(kind) == "xla" for kind in model.layer_types]
-    scores = [heads * fit.row_length * (4 + 4 + width) if each else result + width * queries for each in dense]
-    whole = [products + width * (2 * queries + keys + inner + 4 * hidden) + each for each in scores]
+    in_blocks = any(plan.backend(kind) == "xla" for kind in model.layer_types)
+    mixing = result + width * queries
+    scores = heads * min(block_size(fit.row_length), fit.row_length) * (4 + 4 + width) if in_blocks else 0
+    whole = products + width * (2 * queries + keys + inner + 4 * hidden) + mixing
     normed = hidden * (4 if model.sandwich_norms else 2) + (queries + keys if model.qk_norm else 0)
     by_remat: dict[Remat, float] = {
-        "none": sum(whole) + model.num_layers * (3 * 4 * normed + 2 * width * inner),
-        "products": model.num_layers * products + dense.count(False) * result,
+        "none": model.num_layers * (whole + 3 * 4 * normed + 2 * width * inner),
+        "products": model.num_layers * (products + result),
         "outputs": model.num_layers * 2 * width * hidden,
         "full": 0,
     }
     saved = tokens * (by_remat[fit.remat] + model.num_layers * width * hidden)
-    working = tokens * ((0 if fit.remat == "none" else max(whole)) + max(scores))
+    working = tokens * ((0 if fit.remat == "none" else whole) + mixing + scores)
     summed = trainable_bytes if fit.accumulation > 1 else 0
     weights = matmul_params(model) / model.num_layers * model.period / tensor * (width + 4)
     chunks = 2 * min(portions("gpu").chunk_bytes, 4 * tokens * model.vocab_size / tensor)

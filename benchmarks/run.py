@@ -20,24 +20,21 @@ from benchmarks import (
     generation,
     gpu_generation,
     gpu_sft,
-    peers,
-    results,
     growth,
-    peers,
-    results,
-    scaling,
     grpo,
     overheads,
     peers,
     results,
+    scaling,
     sft_memory,
     sft_step,
     store,
 )
 
 SUITES = {
-    "cpu": {module.NAME: module.run for module in (sft_step, generation, sft_memory, compile_time, growth)},
-    "cpu": {module.NAME: module.run for module in (sft_step, generation, grpo, sft_memory, overheads, compile_time)},
+    "cpu": {
+        module.NAME: module.run for module in (sft_step, generation, grpo, sft_memory, overheads, compile_time, growth)
+    },
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},

@@ -94,9 +94,14 @@ def _backward(
 blocked.defvjp(_forward, _backward)
 
 
+def block_size(length: int) -> int:
+    """How many queries of a row of this length are one block."""
+    return max(_BLOCK, -(-length // _MOST_BLOCKS))
+
+
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice]]:
     """The queries of each block, and all keys that one of them may attend to."""
-    size = max(_BLOCK, -(-length // _MOST_BLOCKS))
+    size = block_size(length)
     for start in range(0, length, size):
         end = min(start + size, length)
         yield slice(start, end), slice(0 if window is None else max(0, start - window + 1), end)
