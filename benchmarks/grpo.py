@@ -38,14 +38,17 @@ SHOTS = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows` and `micro_batch`: completions of a forward pass on our side and on TRL's."""
+    """`rows` and `micro_batch`: completions of a forward pass on our side and on TRL's.
+
+    All 32 at once would save each side one sum of gradients, but the two together would not fit into 24 GB.
+    """
 
     prompts: int = 4
     group_size: int = 8
     prompt_tokens: int = 64
     new_tokens: int = 32
-    rows: int = 8
-    micro_batch: int = 8
+    rows: int = 16
+    micro_batch: int = 16
     repetitions: int = 3
 
     def __post_init__(self) -> None:
@@ -62,9 +65,12 @@ class Sizes:
         return self.rollouts * self.new_tokens
 
 
+QUICK = Sizes(prompts=2, group_size=4, new_tokens=8, rows=8, micro_batch=8, repetitions=1)
+
+
 def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Result]:
     """Raises AgentArkError when the sides score a text differently, or train on other numbers of tokens."""
-    sizes = Sizes(prompts=2, group_size=4, new_tokens=8, repetitions=2) if quick else Sizes()
+    sizes = QUICK if quick else Sizes()
     config = load_config(model)
     setup = setup_of(model, sizes)
     before = environment(peers={"trl": environments.versions("trl")} if peers else {})
