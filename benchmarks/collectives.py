@@ -94,6 +94,14 @@ class Frame:
             return None
         return int(instruction.attribute("index"))
 
+    def is_constant(self, name: str) -> bool:
+        """Whether `constant` has a value."""
+        try:
+            self.constant(name)
+        except ValueError:
+            return False
+        return True
+
     def constant(self, name: str) -> int:
         """The value of a constant, also of one that is handed into the loop. Raises ValueError for another value."""
         instruction, index = self.source(name), self.element(name)
@@ -106,9 +114,13 @@ class Frame:
 
 
 class Program:
-    """A compiled program from its text (`jax.stages.Compiled.as_text`)."""
+    """A compiled program from its text (`jax.stages.Compiled.as_text`).
 
-    def __init__(self, text: str) -> None:
+    `dynamic`: how often a loop runs whose bound the devices compute; without it, a collective in one is an error.
+    """
+
+    def __init__(self, text: str, dynamic: int | None = None) -> None:
+        self.dynamic = dynamic
         found = re.search(r"\bnum_partitions=(\d+)", text)
         self.devices = int(found[1]) if found else 1
         self.computations: dict[str, dict[str, Instruction]] = {}
@@ -171,10 +183,13 @@ class Program:
                 yield self._collective(kind, instruction)
 
     def _trips(self, name: str, loop: Instruction, frame: "Frame", body: "Frame") -> int:
-        """How often a loop runs: a counter, as `jax.lax.scan` and the compiler make them, goes up to a constant.
+        """How often a loop runs: as the text says, or from a counter that goes up to a constant.
 
-        Raises AgentArkError for another loop.
+        Such loops are those of `jax.lax.scan` and of the compilers; that of CPUs says how often they run. Raises
+        AgentArkError for another loop.
         """
+        if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+            return int(said[1])
         condition = frame.inside(self.computations[loop.attribute("condition")], loop)
         compare = condition.result
         try:
@@ -186,6 +201,8 @@ class Program:
             steps = [body.constant(operand) for operand in next_counter.operands if body.element(operand) != index]
             if next_counter.opcode != "add" or len(steps) != 1:
                 raise ValueError(f"its counter is made by {next_counter.opcode}")
+            if self.dynamic is not None and not condition.is_constant(bound):
+                return self.dynamic
             last, first = condition.constant(bound), condition.constant(counter)
         except (KeyError, IndexError, ValueError) as error:
             raise AgentArkError(f"{name}: how often this loop runs cannot be told ({error})") from error

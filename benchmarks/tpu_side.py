@@ -8,8 +8,10 @@ from typing import Any
 
 import jax
 
+from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.published import describe
 from agentark_jax.models.source import ModelSourceConfig
+from agentark_jax.objectives.chunked import CHUNK_BYTES, chunk_rows
 from agentark_jax.preflight import compiler_environment, lower_step, topology
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.mesh import fit_attention
@@ -31,7 +33,7 @@ def compilation(setup: Mapping[str, Any]) -> Repeat:
         seconds = time.perf_counter() - started
         memory = compiled.memory_analysis()
         assert memory is not None, "compilers of all platforms tell"
-        program = Program(compiled.as_text())
+        program = Program(compiled.as_text(), dynamic=loss_chunks(model, fit, where.devices))
         return {
             "seconds": seconds,
             "devices": program.devices,
@@ -40,6 +42,13 @@ def compilation(setup: Mapping[str, Any]) -> Repeat:
         }
 
     return repeat
+
+
+def loss_chunks(model: ModelConfig, fit: FitConfig, devices: int) -> int:
+    """How many chunks of tokens a device computes the loss of when every token has one."""
+    sizes = fit.mesh.sizes(devices)
+    tokens = fit.rows // fit.accumulation // (sizes["data"] * sizes["fsdp"]) * (fit.row_length - 1)
+    return -(-tokens // chunk_rows(tokens, model.vocab_size // sizes["tensor"], CHUNK_BYTES))
 
 
 def build(setup: Mapping[str, Any]) -> tuple[Repeat, Reply]:

@@ -14,10 +14,11 @@ from agentark_jax.data.config import PromptConfig
 from agentark_jax.engines.base import Request
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.flops import head_params, matmul_params
+from agentark_jax.objectives import chunked
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.records import Completion, Sampling
 from agentark_jax.training.config import FitConfig
-from benchmarks import growth, results, scaling
+from benchmarks import growth, results, scaling, tpu_side
 from benchmarks.collectives import Collective, Program, array_bytes, group_size
 
 PROGRAM = """\
@@ -126,6 +127,25 @@ def test_loops_multiply_and_of_the_copies_of_a_spread_exchange_one_counts() -> N
     assert one["all-gather 7"].times == 7  # its copy in the inner loop is no exchange of its own
     assert one["all-gather 7"].total == 7 * 7 / 8 * 64 * 16 * 2
     assert len(Program(PROGRAM).collectives) == len(one) == 6
+
+
+def test_what_the_text_says_of_a_loop_needs_no_counter() -> None:
+    unknown = PROGRAM.replace("add(%layer, %one.1)", "multiply(%layer, %one.1)")
+    says = 'body=%layers, backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"1"}}'
+    assert found(unknown.replace("body=%layers", says, 1))["collective-permute 5"].times == 6
+
+
+def test_a_bound_that_devices_compute_is_given() -> None:
+    computed = PROGRAM.replace("%seven = s32[]{:T(128)} constant(7)", "%seven = s32[]{:T(128)} floor(%zero)")
+    counted = {one.channel: one.times for one in Program(computed, dynamic=9).collectives}
+    assert counted["5"] == 9  # the layers' loop alone
+    assert counted["4"] == 9 * 3
+
+
+def test_the_loss_of_a_device_has_chunks() -> None:
+    case = scaling.Case(scaling.SMALL, "v5e-8", tensor=2)
+    rows = chunked.chunk_rows(2559, 151936 // 2, chunked.CHUNK_BYTES)
+    assert 1 < tpu_side.loss_chunks(case.model, case.fit, 8) == -(-2559 // rows)
 
 
 def test_a_ring_is_known_by_its_loop_and_what_stands_beside_it_by_the_same_shape() -> None:
