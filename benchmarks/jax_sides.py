@@ -1,4 +1,4 @@
-"""Our sides: the training step, the embedded engine, and what this machine can do at all."""
+"""Our sides: compilation, the embedded engine, and what this machine can do at all."""
 
 import asyncio
 import os
@@ -22,78 +22,12 @@ from agentark_jax.models.weights import load_params
 from agentark_jax.objectives.sft import SFT
 from agentark_jax.records import Completion, Sampling
 from agentark_jax.training.config import FitConfig
-from agentark_jax.training.mesh import make_mesh, place_params
-from agentark_jax.training.state import abstract_state, initial_state, make_optimizer, partition, state_shardings
+from agentark_jax.training.mesh import make_mesh
+from agentark_jax.training.state import abstract_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
-from benchmarks.inputs import first_loss_position, sft_ids
-from benchmarks.sft_memory import reset_peak_rss
-from benchmarks.workers import Repeat, Reply, peak_rss_gb, serve
+from benchmarks.workers import Repeat, Reply, serve
 
 Setup = Mapping[str, Any]
-
-
-def training(setup: Setup) -> Repeat:
-    """One optimizer step per repetition, as the training loop calls it."""
-    batch, length = setup["batch"], setup["length"]
-    fit = FitConfig(
-        learning_rate=setup["learning_rate"],
-        schedule="constant",
-        warmup_fraction=0.0,
-        weight_decay=setup["weight_decay"],
-        clip_norm=setup["clip_norm"],
-        rows=batch,
-        row_length=length,
-        freeze=setup["freeze"],
-        remat=setup.get("remat", FitConfig.remat),
-    )
-    model = load_config(Path(setup["model"]))
-    trainable, frozen = partition(load_params(Path(setup["model"]), model), fit.freeze)
-    mesh, optimizer = make_mesh(fit.mesh), make_optimizer(fit, setup["steps"])
-    shardings = state_shardings(mesh, optimizer, trainable)
-    frozen = place_params(mesh, frozen, donate=True)
-    state = initial_state(mesh, optimizer, trainable)
-    step = make_step(fit, model, SFT({"completion": 1.0}), setup["steps"], shardings)
-    weights = np.zeros((batch, length), np.float32)
-    weights[:, first_loss_position(length) :] = 1.0
-    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (batch, length))
-
-    def repeat(index: int) -> Reply:
-        nonlocal state
-        inputs = {
-            "ids": sft_ids(model.vocab_size, batch, length, index),
-            "positions": positions,
-            "segment_ids": np.ones((batch, length), np.int32),
-            "weights": {"completion": weights},
-        }
-        started = time.perf_counter()
-        state, metrics = jax.block_until_ready(step(state, frozen, inputs))
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "loss": float(metrics["loss"]), "loss_tokens": int(metrics["loss_tokens"])}
-
-    return repeat
-
-
-def memory(setup: Setup) -> Repeat:
-    """One repetition is `steps` optimizer steps; the peak of each counts from its beginning."""
-    step = training(setup)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(load_config(Path(setup["model"])))))
-
-    def repeat(index: int) -> Reply:
-        started = time.perf_counter()
-        done, peaks = [], []
-        for number in range(setup["steps"]):
-            reset_peak_rss()
-            done.append(step(number))
-            peaks.append(peak_rss_gb())
-        return {
-            "seconds": time.perf_counter() - started,
-            "losses": [reply["loss"] for reply in done],
-            "peak_rss_gb_of_steps": peaks,
-            "loss_tokens": done[0]["loss_tokens"],
-            "parameters": parameters,
-        }
-
-    return repeat
 
 
 def compilation(setup: Setup) -> Repeat:
@@ -199,8 +133,6 @@ def _shortest(call: Any, seconds: float) -> float:
 
 def build(setup: Setup) -> tuple[Repeat, Reply]:
     sides = {
-        "training": training,
-        "memory": memory,
         "compilation": compilation,
         "generation": generation,
         "machine": machine,

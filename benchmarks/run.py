@@ -35,17 +35,23 @@ SUITES = {
     "cpu": {
         module.NAME: module.run for module in (sft_step, generation, grpo, sft_memory, overheads, compile_time, growth)
     },
+from benchmarks import compile_time, engine_client, generation, peers, results, sft, sft_epoch, sft_memory, store
+
+SUITES = {
+    "cpu": {module.NAME: module.run for module in (sft, sft_epoch, generation, sft_memory, compile_time)},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
     "tpu_compile": {scaling.NAME: scaling.run},
 }
 PEERS = {
-    sft_step.NAME: ("trl",),
+    sft.NAME: ("trl", "tunix"),
+    sft_epoch.NAME: ("trl", "tunix"),
     generation.NAME: ("trl",),
     grpo.NAME: ("trl",),
     sft_memory.NAME: ("trl",),
     gpu_sft.NAME: ("trl",),
+    sft_memory.NAME: ("trl", "tunix"),
 }  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
 MODELLESS = {"gpu"}  # suites with random weights, that --model says nothing to
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,77 +1,80 @@
-"""Memory of a full fine-tuning step beyond what parameters, gradients and Adam need: ours against TRL's trainer.
+"""Memory of a full fine-tuning step: beyond parameters, gradients and Adam against TRL, in total against Tunix.
 
-Same weights, ids, batch, fp32, AdamW and recomputation (of every layer from its input); half of the tokens have no
-loss. TRL computes its `nll` loss with the head in tiles, which is how it saves memory. Each side runs alone; what is
-measured is the peak of resident memory in the steps after the first, minus 16 bytes per parameter. Needs Linux, where
-a process can reset its own peak.
+Same weights, ids, batch, fp32, AdamW and recomputation (of every layer from its input, which all three have a setting
+for); half of the tokens have no loss, no row has padding. TRL computes its `nll` loss with the head in tiles, which is
+how it saves memory; Tunix makes all logits. Each side runs alone; what is measured is the peak of resident memory in
+the steps after the first. Needs Linux, where a process can reset its own peak.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from agentark_jax.errors import UsageError
 from agentark_jax.models.config import load_config
 from agentark_jax.models.flops import head_params
-from benchmarks.inputs import first_loss_position
+from benchmarks import peers as environments
 from benchmarks.results import Comparison, Measured, Ratio, Spread, environment
-from benchmarks.sft_step import compare_losses
+from benchmarks.sft import OURS, PEERS, TRL, TUNIX, compare_losses
+from benchmarks.sft_inputs import TRAINING, random_traces
 from benchmarks.workers import Reply, Side, Worker
 
 NAME = "sft_memory"
-OURS, PEER = "agentark_jax", "TRL"
-DESCRIPTIONS = {OURS: "agentark_jax, remat full", PEER: "TRL, SFTTrainer with gradient checkpointing"}
-GOAL = 0.5
+MODULES = {OURS: "benchmarks.sft_ours", TRL: "benchmarks.sft_trl", TUNIX: "benchmarks.sft_tunix"}
+DESCRIPTIONS = {
+    OURS: "agentark_jax, remat full",
+    TRL: "TRL, SFTTrainer with gradient checkpointing",
+    TUNIX: "Tunix, PeftTrainer with remat of decoder layers",
+}
+GOAL, TOTAL_GOAL = 0.5, 0.6
 STATE_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Sizes:
+    """`tunix`: whether it is measured too; its logits of 8 × 1024 tokens alone would be 9 GB, several times over."""
+
     batch: int
     length: int
     steps: int = 3
+    tunix: bool = True
+
+    @property
+    def shape(self) -> str:
+        return f"{self.batch} × {self.length}"
 
 
 def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Comparison]:
     """Raises AgentArkError when the losses of the first step differ by more than 1e-4 of their size."""
+    sizes = [Sizes(2, 256, 2)] if quick else [Sizes(4, 512), Sizes(8, 1024, 2, tunix=False)]
+    yield measure(sizes, model, name, quick=quick, peers=peers, say=say)
+
+
+def measure(
+    shapes: list[Sizes], model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]
+) -> Comparison:
     config = load_config(model)
-    before = environment()
+    before = environment({peer: environments.versions(peer) for peer in PEERS.values()} if peers else {})
     measured, ratios, checks = [], [], []
-    for sizes in [Sizes(2, 256, 2)] if quick else [Sizes(4, 512), Sizes(8, 1024, 2)]:
-        shape = f"{sizes.batch} × {sizes.length}"
-        setup = {
-            **asdict(sizes),
-            "model": str(model),
-            "side": "memory",
-            "learning_rate": 3e-5,
-            "weight_decay": 0.01,
-            "clip_norm": 1.0,
-            "freeze": [],
-            "remat": "full",
-        }
-        sides = [Side(OURS, "benchmarks.jax_sides", setup)]
-        if peers:
-            sides.append(Side(PEER, "benchmarks.trl_side", setup))
-        beyond: dict[str, list[float]] = {}
+    for sizes in shapes:
+        names = [OURS, *(side for side in PEERS if peers and (side != TUNIX or sizes.tunix))]
         replies: dict[str, Reply] = {}
-        for side in sides:
-            say(f"{shape}: {side.name}")
-            with Worker(side) as worker:
-                reply = worker.repeat(0)
-            replies[side.name] = {"loss": reply["losses"][0], "loss_tokens": reply["loss_tokens"]}
-            state = STATE_BYTES * reply["parameters"] / 1e9
-            beyond[side.name] = [peak - state for peak in reply["peak_rss_gb_of_steps"][1:]]
-            say(f"{shape}: {side.name}: {max(beyond[side.name]):.2f} GB beyond {state:.2f} GB")
-            what = f"{DESCRIPTIONS[side.name]}, {shape}"
-            measured.append(Measured(f"{side.name}, {shape}", what, "GB", Spread.of(beyond[side.name])))
+        for side in names:
+            say(f"{sizes.shape}: {side}")
+            with Worker(side_of(side, sizes, model, config.vocab_size)) as worker:
+                replies[side] = worker.repeat(0)
+            say(f"{sizes.shape}: {side}: {max(replies[side]['peak_rss_gb_of_steps'][1:]):.2f} GB")
         if peers:
-            loss_tokens = sizes.batch * (sizes.length - first_loss_position(sizes.length))
-            checks.append(compare_losses(replies, loss_tokens))
-            pairs = [max(beyond[OURS]) / max(beyond[PEER])]
-            ratios.append(Ratio(f"{OURS}, {shape}", f"{PEER}, {shape}", Spread.of(pairs), GOAL))
-    yield Comparison(
+            firsts = {
+                side: {"loss": reply["losses"][0], "loss_tokens": reply["loss_tokens"]}
+                for side, reply in replies.items()
+            }
+            checks.append(compare_losses(firsts, sizes.batch * (sizes.length - sizes.length // 2)))
+        entries, compared = quantities(sizes, replies)
+        measured += entries
+        ratios += compared
+    return Comparison(
         benchmark=NAME,
-        title="Memory of a full fine-tuning step beyond 16 bytes per parameter",
+        title="Memory of a full fine-tuning step, beyond 16 bytes per parameter and in total",
         quick=quick,
         model={"name": name, "model_type": config.model_type},
         sizes={"head_parameters": head_params(config)},
@@ -82,9 +85,43 @@ def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str]
     )
 
 
-def reset_peak_rss() -> None:
-    """From here on `peak_rss_gb` counts anew. Raises UsageError where the system cannot do that."""
-    path = Path("/proc/self/clear_refs")
-    if not path.exists():
-        raise UsageError(f"{NAME}: {path} does not exist; measure on Linux")
-    path.write_text("5")
+def side_of(side: str, sizes: Sizes, model: Path, vocabulary: int) -> Side:
+    prompt = sizes.length // 2
+    pairs = [(prompt, sizes.length - prompt)] * sizes.batch
+    setup = {
+        **asdict(sizes),
+        **TRAINING,
+        "side": "memory",
+        "model": str(model),
+        "tokenizer": str(model),
+        "steps": [random_traces(pairs, vocabulary, step) for step in range(sizes.steps)],
+        "remat": "full",
+        "plan": [[row] for row in range(sizes.batch)],
+        "rows": sizes.batch,
+        "row_length": sizes.length,
+        "per_device": sizes.batch,
+        "padding_free": False,
+    }
+    return (
+        Side(side, MODULES[side], setup)
+        if side == OURS
+        else Side(side, MODULES[side], setup, environments.python(PEERS[side]))
+    )
+
+
+def quantities(sizes: Sizes, replies: dict[str, Reply]) -> tuple[list[Measured], list[Ratio]]:
+    """Peaks in GB: ours and TRL's without the state, ours and Tunix's with it; and what ours is of theirs."""
+    state = STATE_BYTES * replies[OURS]["parameters"] / 1e9
+    total = {side: reply["peak_rss_gb_of_steps"][1:] for side, reply in replies.items()}
+    entries, ratios = [], []
+    for what, without, peer, goal in (("beyond the state", state, TRL, GOAL), ("in total", 0.0, TUNIX, TOTAL_GOAL)):
+        peaks = {side: [peak - without for peak in total[side]] for side in (OURS, peer) if side in total}
+        labels = {side: f"{side}, {what}, {sizes.shape}" for side in peaks}
+        entries += [
+            Measured(labels[side], f"{DESCRIPTIONS[side]}, {what}, {sizes.shape}", "GB", Spread.of(values))
+            for side, values in peaks.items()
+        ]
+        if peer in peaks:
+            value = Spread.of([max(peaks[OURS]) / max(peaks[peer])])
+            ratios.append(Ratio(labels[OURS], labels[peer], value, goal))
+    return entries, ratios

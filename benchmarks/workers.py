@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from agentark_jax.errors import AgentArkError
+from agentark_jax.errors import AgentArkError, UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -140,3 +140,11 @@ def peak_rss_gb() -> float:
     """The largest resident memory of this process so far, in 10⁹ bytes."""
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage: bytes there, kibibytes elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def reset_peak_rss() -> None:
+    """From here on `peak_rss_gb` counts anew. Raises UsageError where the system cannot do that."""
+    path = Path("/proc/self/clear_refs")
+    if not path.exists():
+        raise UsageError(f"{path} does not exist, so the memory of a single step cannot be told; measure on Linux")
+    path.write_text("5")

@@ -19,8 +19,8 @@ from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params, save_pretrained
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
-from benchmarks import compile_time, dry_runs, engine_client, generation, results, run, sft_step
-from benchmarks.inputs import first_loss_position, prompts, sft_ids
+from benchmarks import compile_time, dry_runs, engine_client, generation, results, run
+from benchmarks.inputs import prompts
 from benchmarks.workers import ROOT, Side, Worker, interleaved
 
 VOCABULARY, WINDOW, BATCH, LENGTH = 97, 5, 2, 12
@@ -61,6 +61,10 @@ def peer():
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
 
 
+def random_ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, VOCABULARY, (BATCH, LENGTH))
+
+
 def torch_counts(work) -> SimpleNamespace:
     """FLOPs that torch counts while `work` runs: `mm` for weights, `bmm` for attention."""
     import torch
@@ -78,7 +82,7 @@ def loss_at(peer, positions: slice):
     """A loss on some positions of every row, as the peer with its head on loss tokens computes it."""
     import torch
 
-    ids = torch.from_numpy(sft_ids(VOCABULARY, BATCH, LENGTH, 0)).long()
+    ids = torch.from_numpy(random_ids()).long()
     hidden = peer.model(input_ids=ids, use_cache=False).last_hidden_state[:, positions]
     return torch.nn.functional.cross_entropy(peer.lm_head(hidden.flatten(0, 1)), ids[:, positions].flatten())
 
@@ -108,7 +112,7 @@ def test_a_part_that_is_not_trained_saves_its_own_gradient(peer, part, setting):
 def test_forward_flops_are_those_torch_counts(peer):
     import torch
 
-    ids = torch.from_numpy(sft_ids(VOCABULARY, BATCH, LENGTH, 0)).long()
+    ids = torch.from_numpy(random_ids()).long()
     with torch.no_grad():
         counted = torch_counts(lambda: peer(input_ids=ids, use_cache=False))
     lengths, new_tokens = [5, 9, 1], 3
@@ -151,14 +155,6 @@ def test_the_floor_of_generation_takes_the_larger_of_computing_and_reading():
     assert fast_memory == pytest.approx(expected)
 
 
-def test_half_of_the_tokens_have_no_loss():
-    assert first_loss_position(256) == 128
-    ids = sft_ids(50, 4, 256, 1)
-    assert (ids.shape, ids.dtype) == ((4, 256), np.int32)
-    assert (sft_ids(50, 4, 256, 1) == ids).all()
-    assert (sft_ids(50, 4, 256, 2) != ids).any()
-
-
 MACHINE_REPLY = {"seconds": 1.0, "rates": {"trunk": 2e9, "head": 4e9}, "bandwidth": 5e9, "peak_rss_gb": 1.0}
 
 
@@ -176,7 +172,7 @@ def make_result() -> results.Result:
     names = {"a": "side a", "b": "side b", "c": "side c", "absent": "did not run"}
     work = {"trunk": 10, "head": 4}
     return results.Result(
-        benchmark="sft_step",
+        benchmark="sft",
         title="Title",
         unit="tokens/s",
         quick=True,
@@ -205,7 +201,7 @@ def test_rows_and_ratios_leave_out_the_warmup_and_pair_neighbours():
 def test_a_result_file_is_read_back_as_it_was_written(tmp_path):
     result = make_result()
     path = results.write(result, tmp_path / "new")
-    assert path.name == "sft_step.quick.json"
+    assert path.name == "sft.quick.json"
     assert [other.name for other in path.parent.iterdir()] == [path.name]
     assert results.read(path) == result
     table = results.table(result)
@@ -241,9 +237,9 @@ def test_result_files_of_another_shape_are_refused(tmp_path):
     broken = [{**value, "surprise": 1}, {key: part for key, part in value.items() if key != "rows"}, [], None]
     broken.append({**make_comparison().to_json(), "surprise": 1})
     for content in [*map(json.dumps, broken), "{"]:
-        path = tmp_path / "sft_step.json"
+        path = tmp_path / "sft.json"
         path.write_text(content)
-        with pytest.raises(AgentArkError, match=r"sft_step\.json"):
+        with pytest.raises(AgentArkError, match=r"sft\.json"):
             results.read(path)
 
 
@@ -254,22 +250,13 @@ MEASURED = sorted(set((ROOT / "benchmarks" / "results").glob("*.json")) - {dry_r
 def test_the_result_files_of_this_repository_have_the_schema(path: Path):
     result = results.read(path)
     assert path == results.path_of(path.parent, result.benchmark, result.quick)
-    assert any(result.benchmark in suite for suite in run.SUITES.values())
+    assert any(result.benchmark.split(".")[0] in suite for suite in run.SUITES.values())
     assert all(check.limit is None or check.value <= check.limit for check in result.checks)
     assert {"cpu", "cores", "packages", "git_revision"} <= set(result.environment)
     assert f"{os.sep}home{os.sep}" not in path.read_text()
 
 
 def test_sides_that_disagree_have_no_speed():
-    good = {"a": {"loss": 2.0, "loss_tokens": 8}, "b": {"loss": 2.0001, "loss_tokens": 8}}
-    assert sft_step.compare_losses(good, 8).value == pytest.approx(5e-5, rel=1e-3)
-    for reply in (
-        {"loss": 2.001, "loss_tokens": 8},
-        {"loss": 2.0, "loss_tokens": 9},
-        {"loss": np.nan, "loss_tokens": 8},
-    ):
-        with pytest.raises(AgentArkError, match="do not compute the same step"):
-            sft_step.compare_losses({**good, "b": reply}, 8)
     same = [[1] * 100, [2] * 100]
     tokens, sequences = generation.compare_tokens(same, [[1] * 100, [2] * 98 + [3] * 2], 100)
     assert (tokens.value, sequences.value) == (pytest.approx(0.01), 0.5)
@@ -277,16 +264,6 @@ def test_sides_that_disagree_have_no_speed():
         generation.compare_tokens(same, [[1] * 100, [2] * 90 + [3] * 10], 100)
     with pytest.raises(AgentArkError, match="new each"):
         generation.compare_tokens(same, same, 99)
-
-
-def test_later_losses_are_compared_without_the_frozen_side():
-    def losses(*values: float) -> list[dict]:
-        return [{"loss": value} for value in values]
-
-    group = {"machine": losses(0, 0), sft_step.OURS: losses(5, 2), sft_step.FROZEN: losses(5, 9), "x": losses(5, 1)}
-    assert sft_step.later_difference([group]) == pytest.approx(0.5)
-    with pytest.raises(AgentArkError, match="not finite"):
-        sft_step.later_difference([{**group, "x": losses(5, np.nan)}])
 
 
 @pytest.fixture(scope="module")
@@ -312,16 +289,6 @@ def test_our_sides_and_the_peers_do_the_same_work(tiny_model: Path):
     pytest.importorskip("transformers", reason="transformers is not installed (extra `test`)")
     from benchmarks import jax_sides, torch_sides
 
-    common = {"model": str(tiny_model), "batch": 2, "length": 12, "steps": 3}
-    settings = {"side": "training", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
-    sides = {
-        "ours": jax_sides.build({**common, **settings, "freeze": []})[0],
-        "dense": torch_sides.build({**common, **settings, "head": "dense"})[0],
-        "loss tokens": torch_sides.build({**common, **settings, "head": "loss_tokens"})[0],
-    }
-    # Later steps too: they see what the optimizer did.
-    for index in range(3):
-        sft_step.compare_losses({name: repeat(index) for name, repeat in sides.items()}, loss_tokens=12)
     common = {"model": str(tiny_model), "side": "generation", "prompts": prompts(tiny_model, 3), "new_tokens": 5}
     ours, theirs = (module.build(common)[0](0)["ids"] for module in (jax_sides, torch_sides))
     assert generation.compare_tokens(ours, theirs, 5)[0].value == 0
@@ -351,18 +318,6 @@ def test_sides_take_turns_in_processes_of_their_own():
         assert found[1]["bandwidth"] > 0
         assert 0 < found[1]["seconds"] <= found[1]["wall_seconds"]
         assert found[1]["peak_rss_gb"] > 0.05
-
-
-def test_each_step_has_a_peak_of_its_own(tiny_model):
-    setup = {"side": "memory", "model": str(tiny_model), "batch": 2, "length": 12, "steps": 2, "freeze": []}
-    setup |= {"learning_rate": 1e-3, "weight_decay": 0.0, "clip_norm": 1.0, "remat": "full"}
-    with Worker(Side("ours", "benchmarks.jax_sides", setup)) as worker:
-        reply = worker.repeat(0)
-    assert len(reply["losses"]) == len(reply["peak_rss_gb_of_steps"]) == 2
-    assert reply["loss_tokens"] == 12
-    assert min(reply["peak_rss_gb_of_steps"]) > 0.05
-    config = json.loads((tiny_model / "config.json").read_text())
-    assert reply["parameters"] > 2 * config["vocab_size"] * config["hidden_size"]
 
 
 @pytest.mark.parametrize("family", compile_time.FAMILIES.values(), ids=compile_time.FAMILIES)
@@ -458,7 +413,7 @@ def test_a_side_that_dies_is_named(capfd):
 
 def test_what_cannot_be_run_is_refused(tmp_path, capsys):
     assert run.main(["--only", "speed"]) == UsageError.exit_code
-    assert "sft_step, generation" in capsys.readouterr().err
+    assert "sft, sft_epoch, generation" in capsys.readouterr().err
     assert run.main(["--table", "--results", str(tmp_path)]) == UsageError.exit_code
     results.write(make_result(), tmp_path)
     assert run.main(["--table", "--quick", "--results", str(tmp_path)]) == 0

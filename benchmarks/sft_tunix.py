@@ -1,0 +1,208 @@
+"""Tunix's sides of the fine-tuning benchmarks: its PeftTrainer with all parameters of its Gemma 3, in fp32.
+
+Traces are padded to the longest of the step (Tunix packs none in SFT) and go through its jitted step `per_device` at a
+time, its own accumulation putting the step together: it makes logits of every token, which of a whole batch can be more
+than a machine has room for. Its default loss averages over a micro-batch; the one here has the same arithmetic over the
+number of tokens of the whole step, through `with_loss_fn`.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tunix.models.gemma3.model import Gemma3, ModelConfig, RematConfig
+from tunix.models.gemma3.params_safetensors import create_model_from_safe_tensors
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
+from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
+
+from benchmarks.workers import Repeat, Reply, peak_rss_gb, reset_peak_rss, serve
+
+Setup = Mapping[str, Any]
+
+
+@flax.struct.dataclass(frozen=True)
+class MicroBatch:
+    """Ids and masks [B, T] (not padding; with loss); `norm` is the step's tokens with loss over its micro-batches."""
+
+    input_tokens: np.ndarray
+    valid: np.ndarray
+    with_loss: np.ndarray
+    norm: np.ndarray
+
+
+class Trainer(PeftTrainer):
+    """Keeps the losses of all micro-batches."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.losses: list[jax.Array] = []
+        self.is_managed_externally = True  # `train` may be called again and again
+
+    def _post_process_train_step(self, aux: jax.Array) -> None:
+        self.losses.append(aux)
+
+
+def load(setup: Setup) -> Gemma3:
+    """Raises ValueError for a model that is not Gemma 3."""
+    raw = json.loads((Path(setup["model"]) / "config.json").read_text())
+    if raw["model_type"] != "gemma3_text":
+        raise ValueError(f"{setup['model']}: this side knows gemma3_text only, not {raw['model_type']}")
+    rope = raw.get("rope_parameters", {})
+    config = ModelConfig(
+        num_layers=raw["num_hidden_layers"],
+        num_embed=raw["vocab_size"],
+        embed_dim=raw["hidden_size"],
+        hidden_dim=raw["intermediate_size"],
+        num_heads=raw["num_attention_heads"],
+        head_dim=raw["head_dim"],
+        num_kv_heads=raw["num_key_value_heads"],
+        sliding_window_size=raw["sliding_window"],
+        local_base_frequency=int(raw["rope_local_base_freq"] if not rope else rope["sliding_attention"]["rope_theta"]),
+        global_base_frequency=int(raw["rope_theta"] if not rope else rope["full_attention"]["rope_theta"]),
+        remat_config=RematConfig.DECODER if setup.get("remat") == "full" else RematConfig.NONE,
+        param_dtype=jnp.float32,
+    )
+    return create_model_from_safe_tensors(setup["model"], config, dtype=jnp.float32)
+
+
+def model_input(batch: MicroBatch) -> dict[str, jax.Array]:
+    return {
+        "input_tokens": batch.input_tokens,
+        "with_loss": batch.with_loss,
+        "positions": build_positions_from_mask(batch.valid),
+        "attention_mask": make_causal_attn_mask(batch.valid),
+        "norm": batch.norm,
+    }
+
+
+def loss(
+    model: Gemma3,
+    input_tokens: jax.Array,
+    with_loss: jax.Array,
+    positions: jax.Array,
+    attention_mask: jax.Array,
+    norm: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """That of PeftTrainer, over `norm` instead of the tokens with loss of this micro-batch."""
+    logits, _ = model(input_tokens, positions, None, attention_mask)
+    one_hot = jax.nn.one_hot(input_tokens[:, 1:], logits.shape[-1])
+    one_hot = one_hot * with_loss[:, 1:].astype(one_hot.dtype)[..., None]
+    value = -jnp.sum(jax.nn.log_softmax(logits[:, :-1]) * one_hot) / norm
+    return value, value
+
+
+def make_trainer(setup: Setup) -> Trainer:
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(setup["clip_norm"]),
+        optax.adamw(setup["learning_rate"], weight_decay=setup["weight_decay"]),
+    )
+    parts = setup["batch"] // setup["per_device"]
+    config = TrainingConfig(eval_every_n_steps=10**6, gradient_accumulation_steps=None if parts == 1 else parts)
+    trainer = Trainer(load(setup), optimizer, config)
+    return trainer.with_loss_fn(loss, has_aux=True).with_gen_model_input_fn(model_input)
+
+
+def micro_batches(setup: Setup, traces: Sequence[Any], length: int) -> Iterator[MicroBatch]:
+    """Those of one step, padded on the right to `length`."""
+    size = setup["per_device"]
+    ids, valid, with_loss = (np.zeros((len(traces), length), dtype) for dtype in (np.int32, bool, bool))
+    for row, (prompt, tokens) in enumerate(traces):
+        ids[row, : len(tokens)] = tokens
+        valid[row, : len(tokens)] = True
+        with_loss[row, prompt : len(tokens)] = True
+    norm = np.float32(with_loss.sum() / (len(traces) // size))
+    for start in range(0, len(traces), size):
+        part = slice(start, start + size)
+        yield MicroBatch(ids[part], valid[part], with_loss[part], norm)
+
+
+def longest(traces: Sequence[Any]) -> int:
+    return max(len(ids) for _, ids in traces)
+
+
+def train(trainer: Trainer, batches: Iterator[MicroBatch]) -> tuple[float, list[float]]:
+    """Trains on the micro-batches; seconds until the parameters are there, and the micro-batches' losses."""
+    trainer.losses.clear()
+    started = time.perf_counter()
+    trainer.train(batches)
+    jax.block_until_ready(nnx.state(trainer.model))
+    seconds = time.perf_counter() - started
+    return seconds, [float(value) for value in trainer.losses]
+
+
+def training(setup: Setup) -> Repeat:
+    """One optimizer step per repetition."""
+    trainer = make_trainer(setup)
+
+    def repeat(index: int) -> Reply:
+        traces = setup["steps"][index]
+        seconds, losses = train(trainer, iter(list(micro_batches(setup, traces, longest(traces)))))
+        return {
+            "seconds": seconds,
+            "loss": float(np.mean(losses)),
+            "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
+        }
+
+    return repeat
+
+
+def epoch(setup: Setup) -> Repeat:
+    """One repetition is one epoch, in an order of its own; the one before the first compiles and warms up."""
+    trainer = make_trainer(setup)
+    (traces,) = setup["steps"]
+    batch = setup["batch"]
+
+    def batches(seed: int) -> Iterator[MicroBatch]:
+        order = np.random.default_rng(seed).permutation(len(traces))
+        for start in range(0, len(traces), batch):
+            chosen = [traces[index] for index in order[start : start + batch]]
+            yield from micro_batches(setup, chosen, longest(traces))
+
+    def repeat(index: int) -> Reply:
+        seconds, losses = train(trainer, batches(index))
+        return {
+            "seconds": seconds,
+            "loss": float(np.mean(losses)),
+            "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
+        }
+
+    return repeat
+
+
+def memory(setup: Setup) -> Repeat:
+    """One repetition is a few optimizer steps; the peak of each counts from its beginning."""
+    step = training(setup)
+
+    def repeat(index: int) -> Reply:
+        started = time.perf_counter()
+        done, peaks = [], []
+        for number in range(len(setup["steps"])):
+            reset_peak_rss()
+            done.append(step(number))
+            peaks.append(peak_rss_gb())
+        return {
+            "seconds": time.perf_counter() - started,
+            "losses": [reply["loss"] for reply in done],
+            "peak_rss_gb_of_steps": peaks,
+            "loss_tokens": done[0]["loss_tokens"],
+        }
+
+    return repeat
+
+
+def build(setup: Setup) -> tuple[Repeat, Reply]:
+    sides = {"training": training, "epoch": epoch, "memory": memory}
+    return sides[setup["side"]](setup), {"threads": os.cpu_count()}
+
+
+if __name__ == "__main__":
+    serve(build)
