@@ -30,3 +30,18 @@ def prompts(model: Path, count: int) -> list[list[int]]:
         ids = list(tokenizer.encode(text))
         result.append(beginning + ids[len(beginning) - int(length) :])
     return result
+
+
+# Completion tokens (Gemma 3's) of 64 answers of agents in published debates: gpt-4o-mini on MedMCQA, drawn unseen from
+# xk-huang/medagents-benchmark.
+_ANSWER_TOKENS = (
+    *(484, 315, 396, 451, 322, 358, 334, 310, 419, 333, 402, 344, 335, 386, 393, 387, 393, 299, 547, 437, 310, 425),
+    *(418, 348, 496, 300, 432, 355, 298, 435, 228, 395, 471, 583, 378, 344, 397, 358, 493, 334, 378, 380, 427, 382),
+    *(356, 524, 350, 380, 314, 467, 358, 411, 419, 313, 291, 309, 394, 329, 474, 431, 439, 294, 343, 424),
+)
+
+
+def completion_tokens(count: int, longest: int) -> list[int]:
+    """New tokens of so many answers, spread as those of real debates, the longest of all having `longest`."""
+    drawn = [_ANSWER_TOKENS[index % len(_ANSWER_TOKENS)] for index in range(count)]
+    return [max(1, round(longest * tokens / max(drawn))) for tokens in drawn]

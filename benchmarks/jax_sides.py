@@ -51,29 +51,48 @@ def compilation(setup: Setup) -> Repeat:
 
 
 def generation(setup: Setup) -> Repeat:
-    """All prompts at once through the embedded engine, greedy, never stopping early."""
-    directory, prompts, new_tokens = Path(setup["model"]), setup["prompts"], setup["new_tokens"]
+    """All sequences at once through the embedded engine, never stopping early.
+
+    Greedy; several samples of each prompt are drawn at temperature 1. The engine forgets what it has prefilled before
+    every repetition, which has the same prompts as the one before.
+    """
+    directory, prompts, wanted = Path(setup["model"]), setup["prompts"], setup["new_tokens"]
     model = load_config(directory)
+    params = load_params(directory, model)
     engine = LocalEngine(
-        EngineConfig(slots=len(prompts)),
+        EngineConfig(slots=setup["slots"]),
         model,
-        load_params(directory, model),
+        params,
         Tokenizer(directory),
-        context=max(map(len, prompts)) + new_tokens,
+        context=max(map(len, prompts)) + max(wanted),
         model="benchmark",
         weights="benchmark",
     )
-    sampling = Sampling(temperature=0.0, max_tokens=new_tokens, stop_ids=(), seed=0)
-    requests = [Request(np.asarray(ids, np.int32), sampling) for ids in prompts]
 
-    async def everyone() -> list[Completion]:
+    def requests(samples: int, temperature: float) -> list[Request]:
+        """All of the prompts' samples, each with as many tokens as it is to have."""
+        sequences = [np.asarray(ids, np.int32) for ids in prompts for _ in range(samples)]
+        return [
+            Request(ids, Sampling(temperature=temperature, max_tokens=tokens, stop_ids=(), seed=seed))
+            for seed, (ids, tokens) in enumerate(zip(sequences, wanted[:: setup["samples"] // samples], strict=True))
+        ]
+
+    async def everyone(requests: Sequence[Request]) -> list[Completion]:
         return await asyncio.gather(*(engine.generate(request) for request in requests))
 
+    greedy = requests(1, 0.0)
+    timed = greedy if setup["samples"] == 1 else requests(setup["samples"], 1.0)
+
     def repeat(index: int) -> Reply:
+        engine.update_weights(params, "benchmark")
         started = time.perf_counter()
-        completions = asyncio.run(everyone())
+        completions = asyncio.run(everyone(timed))
         seconds = time.perf_counter() - started
-        return {"seconds": seconds, "ids": [completion.ids.tolist() for completion in completions]}
+        reply: Reply = {"seconds": seconds, "counts": [len(completion.ids) for completion in completions]}
+        if index == 0:
+            certain = completions if timed is greedy else asyncio.run(everyone(greedy))
+            reply["greedy"] = [completion.ids.tolist() for completion in certain]
+        return reply
 
     return repeat
 

@@ -39,6 +39,10 @@ from benchmarks import compile_time, engine_client, generation, peers, results, 
 
 SUITES = {
     "cpu": {module.NAME: module.run for module in (sft, sft_epoch, generation, sft_memory, compile_time)},
+from benchmarks import compile_time, debate, engine_client, generation, peers, results, sft_memory, sft_step, store
+
+SUITES = {
+    "cpu": {module.NAME: module.run for module in (sft_step, generation, debate, sft_memory, compile_time)},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
@@ -49,6 +53,9 @@ PEERS = {
     sft_epoch.NAME: ("trl", "tunix"),
     generation.NAME: ("trl",),
     grpo.NAME: ("trl",),
+    sft_step.NAME: ("trl",),
+    generation.NAME: ("trl", "tunix"),
+    debate.NAME: ("trl",),
     sft_memory.NAME: ("trl",),
     gpu_sft.NAME: ("trl",),
     sft_memory.NAME: ("trl", "tunix"),

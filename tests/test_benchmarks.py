@@ -116,7 +116,8 @@ def test_forward_flops_are_those_torch_counts(peer):
     with torch.no_grad():
         counted = torch_counts(lambda: peer(input_ids=ids, use_cache=False))
     lengths, new_tokens = [5, 9, 1], 3
-    total = generation.total_flops(CONFIG, lengths, new_tokens)
+    steps = generation.schedule(lengths, [new_tokens] * 3, 3)
+    total = generation.decoding(CONFIG, steps, flops.prefill_flops(CONFIG, lengths))
     forward_tokens = sum(length - 1 + new_tokens for length in lengths)  # the last token drawn is never read
     per_token = counted.mm // (BATCH * LENGTH)
     assert total["trunk"] + total["head"] == per_token * forward_tokens - 2 * VOCABULARY * CONFIG.hidden_size * sum(
@@ -153,6 +154,12 @@ def test_the_floor_of_generation_takes_the_larger_of_computing_and_reading():
     work = [flops.decode_flops(CONFIG, step) for step in steps]
     expected = prefill + sum((part["trunk"] + part["attention"]) / 1e9 + part["head"] / 3e9 for part in work)
     assert fast_memory == pytest.approx(expected)
+def test_half_of_the_tokens_have_no_loss():
+    assert first_loss_position(256) == 128
+    ids = sft_ids(50, 4, 256, 1)
+    assert (ids.shape, ids.dtype) == ((4, 256), np.int32)
+    assert (sft_ids(50, 4, 256, 1) == ids).all()
+    assert (sft_ids(50, 4, 256, 2) != ids).any()
 
 
 MACHINE_REPLY = {"seconds": 1.0, "rates": {"trunk": 2e9, "head": 4e9}, "bandwidth": 5e9, "peak_rss_gb": 1.0}
@@ -264,6 +271,15 @@ def test_sides_that_disagree_have_no_speed():
         generation.compare_tokens(same, [[1] * 100, [2] * 90 + [3] * 10], 100)
     with pytest.raises(AgentArkError, match="new each"):
         generation.compare_tokens(same, same, 99)
+    good = {"a": {"loss": 2.0, "loss_tokens": 8}, "b": {"loss": 2.0001, "loss_tokens": 8}}
+    assert sft_step.compare_losses(good, 8).value == pytest.approx(5e-5, rel=1e-3)
+    for reply in (
+        {"loss": 2.001, "loss_tokens": 8},
+        {"loss": 2.0, "loss_tokens": 9},
+        {"loss": np.nan, "loss_tokens": 8},
+    ):
+        with pytest.raises(AgentArkError, match="do not compute the same step"):
+            sft_step.compare_losses({**good, "b": reply}, 8)
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +309,16 @@ def test_our_sides_and_the_peers_do_the_same_work(tiny_model: Path):
     ours, theirs = (module.build(common)[0](0)["ids"] for module in (jax_sides, torch_sides))
     assert generation.compare_tokens(ours, theirs, 5)[0].value == 0
     assert len({tuple(ids) for ids in ours}) > 1
+    common = {"model": str(tiny_model), "batch": 2, "length": 12, "steps": 3}
+    settings = {"side": "training", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
+    sides = {
+        "ours": jax_sides.build({**common, **settings, "freeze": []})[0],
+        "dense": torch_sides.build({**common, **settings, "head": "dense"})[0],
+        "loss tokens": torch_sides.build({**common, **settings, "head": "loss_tokens"})[0],
+    }
+    # Later steps too: they see what the optimizer did.
+    for index in range(3):
+        sft_step.compare_losses({name: repeat(index) for name, repeat in sides.items()}, loss_tokens=12)
 
 
 def test_prompts_have_the_lengths_that_are_claimed(tiny_model: Path):
