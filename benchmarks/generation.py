@@ -21,7 +21,6 @@ import numpy as np
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.flops import FP32_BYTES, Flops, decode_bytes, decode_flops, prefill_flops
-from agentark_jax.models.flops import Flops, decode_bytes, decode_flops, prefill_flops
 from benchmarks import peers as environments
 from benchmarks.inputs import completion_tokens
 from benchmarks.inputs import prompts as make_prompts
@@ -187,34 +186,28 @@ def decoding(config: ModelConfig, steps: Sequence[Sequence[int]], prefill: Flops
 
 def floor_seconds(
     config: ModelConfig,
-    lengths: list[int],
-    new_tokens: int,
-    rates: dict[str, float],
-    bandwidth: float,
-    width: int = FP32_BYTES,
-) -> float:
-    """`rates` in FLOP/s of the products named prefill, decode and head; `bandwidth` in bytes/s; `width` of a number."""
-    seconds = sum(prefill_flops(config, lengths).values()) / rates["prefill"]
-    for positions in step_positions(lengths, new_tokens):
-        flops = decode_flops(config, positions)
-        computing = (flops["trunk"] + flops["attention"]) / rates["decode"] + flops["head"] / rates["head"]
-        seconds += max(computing, decode_bytes(config, positions, width) / bandwidth)
-    return seconds
     prefilled: Sequence[int],
     steps: Sequence[Sequence[int]],
     rates: Mapping[str, float],
     bandwidth: float,
+    width: int = FP32_BYTES,
 ) -> float:
-    """`rates` in FLOP/s of the products named prefill, decode and head; `bandwidth` in bytes/s."""
+    """`rates` in FLOP/s of the products named prefill, decode and head; `bandwidth` in bytes/s; `width` of a number."""
     prefill = sum(prefill_flops(config, prefilled).values()) / rates["prefill"]
-    return prefill + sum(step_seconds(config, positions, rates, bandwidth) for positions in steps)
+    return prefill + sum(step_seconds(config, positions, rates, bandwidth, width) for positions in steps)
 
 
-def step_seconds(config: ModelConfig, positions: Sequence[int], rates: Mapping[str, float], bandwidth: float) -> float:
+def step_seconds(
+    config: ModelConfig,
+    positions: Sequence[int],
+    rates: Mapping[str, float],
+    bandwidth: float,
+    width: int = FP32_BYTES,
+) -> float:
     """The least time of one decode step, as in `floor_seconds`."""
     flops = decode_flops(config, positions)
     computing = (flops["trunk"] + flops["attention"]) / rates["decode"] + flops["head"] / rates["head"]
-    return max(computing, decode_bytes(config, positions) / bandwidth)
+    return max(computing, decode_bytes(config, positions, width) / bandwidth)
 
 
 def check_counts(measured: Sequence[Group], wanted: Sequence[int]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import ModelConfig
-from benchmarks.generation import floor_seconds, total_flops
+from agentark_jax.models.flops import prefill_flops
+from benchmarks.generation import decoding, floor_seconds, schedule
 from benchmarks.gpu_inputs import alone, device_memory, is_tiny, shape_of
 from benchmarks.results import MACHINE, Check, Result, Spread, environment, rates_of, rows_of
 from benchmarks.workers import Reply, Side
@@ -68,6 +69,7 @@ def run(
 
     measured = alone(sides, sizes.repetitions, check, say, anywhere=is_tiny(shape))
     lengths = [sizes.prompt_tokens] * sizes.prompts
+    steps = schedule(lengths, [sizes.new_tokens] * sizes.prompts, sizes.prompts)
     checks.append(
         Check("thousands of new tokens/s after the first ones", after_the_first(measured[OURS], sizes) / 1e3, None)
     )
@@ -82,10 +84,8 @@ def run(
         rows=rows_of(
             [measured],
             {OURS: "agentark_jax, embedded engine"},
-            lambda side: total_flops(config, lengths, sizes.new_tokens),
-            lambda side, able: floor_seconds(
-                config, lengths, sizes.new_tokens, able["rates"], able["bandwidth"], WIDTH
-            ),
+            lambda side: decoding(config, steps, prefill_flops(config, lengths)),
+            lambda side, able: floor_seconds(config, lengths, steps, able["rates"], able["bandwidth"], WIDTH),
             sizes.prompts * sizes.new_tokens,
             {OURS: FLOOR_GOAL},
         ),

@@ -17,17 +17,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import jax
 import numpy as np
 
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.flops import sft_flops
+from agentark_jax.models.transformer import param_shapes
 from agentark_jax.preflight import preflight, topology
 from agentark_jax.training.config import FitConfig
 from benchmarks import peers as environments
 from benchmarks.gpu_inputs import agree, alone, device_memory, is_tiny, shape_of
 from benchmarks.inputs import sft_ids
 from benchmarks.results import MACHINE, Check, Group, Ratio, Result, Spread, environment, rates_of, rows_of
-from benchmarks.sft_step import sft_floor_seconds
+from benchmarks.sft import ADAM_BYTES, floor_seconds
 from benchmarks.workers import Reply, Side, Worker
 
 NAME = "gpu_sft"
@@ -104,6 +106,7 @@ def run(
     tokens = sizes.rows * sizes.row_length
     loss_tokens = sizes.rows * (sizes.row_length - 1)
     flops = sft_flops(config, lengths=[sizes.row_length] * sizes.rows, loss_tokens=loss_tokens, train_head=True)
+    work = {**flops, "bytes": ADAM_BYTES * sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))}
     shapes = {
         "trunk": (tokens, config.hidden_size, config.intermediate_size),
         "head": (tokens, config.hidden_size, config.vocab_size),
@@ -165,8 +168,8 @@ def run(
         rows=rows_of(
             [measured],
             DESCRIPTIONS,
-            lambda side: flops,
-            lambda side, able: sft_floor_seconds(flops, able["rates"]),
+            lambda side: work,
+            lambda side, able: floor_seconds(work, able),
             tokens,
         ),
         ratios=ratios(measured),

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from agentark_jax.data.render import PlainFormat
 from agentark_jax.data.tokenizer import Tokenizer
@@ -10,6 +11,16 @@ from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
 
 SHORTEST, LONGEST = 48, 80
+
+
+def sft_ids(vocabulary: int, batch: int, length: int, repetition: int) -> Int[np.ndarray, "B T"]:
+    """Random token ids of one step; the cost of a step does not depend on what they say."""
+    return np.random.default_rng(repetition).integers(0, vocabulary, (batch, length), dtype=np.int32)
+
+
+def first_loss_position(length: int) -> int:
+    """The first half of every row is a prompt without loss; all of the second half is predicted."""
+    return length // 2
 
 
 def prompts(model: Path, count: int) -> list[list[int]]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from agentark_jax.errors import AgentArkError, UsageError
 from benchmarks import (
     compile_time,
+    debate,
     engine_client,
     generation,
     gpu_generation,
@@ -26,23 +27,15 @@ from benchmarks import (
     peers,
     results,
     scaling,
+    sft,
+    sft_epoch,
     sft_memory,
-    sft_step,
     store,
 )
 
+CPU = (sft, sft_epoch, sft_memory, generation, debate, grpo, overheads, compile_time, growth)
 SUITES = {
-    "cpu": {
-        module.NAME: module.run for module in (sft_step, generation, grpo, sft_memory, overheads, compile_time, growth)
-    },
-from benchmarks import compile_time, engine_client, generation, peers, results, sft, sft_epoch, sft_memory, store
-
-SUITES = {
-    "cpu": {module.NAME: module.run for module in (sft, sft_epoch, generation, sft_memory, compile_time)},
-from benchmarks import compile_time, debate, engine_client, generation, peers, results, sft_memory, sft_step, store
-
-SUITES = {
-    "cpu": {module.NAME: module.run for module in (sft_step, generation, debate, sft_memory, compile_time)},
+    "cpu": {module.NAME: module.run for module in CPU},
     "store": {store.NAME: store.run},
     "engine": {engine_client.NAME: engine_client.run},
     "gpu": {module.NAME: module.run for module in (gpu_sft, gpu_generation)},
@@ -51,14 +44,11 @@ SUITES = {
 PEERS = {
     sft.NAME: ("trl", "tunix"),
     sft_epoch.NAME: ("trl", "tunix"),
-    generation.NAME: ("trl",),
-    grpo.NAME: ("trl",),
-    sft_step.NAME: ("trl",),
+    sft_memory.NAME: ("trl", "tunix"),
     generation.NAME: ("trl", "tunix"),
     debate.NAME: ("trl",),
-    sft_memory.NAME: ("trl",),
+    grpo.NAME: ("trl",),
     gpu_sft.NAME: ("trl",),
-    sft_memory.NAME: ("trl", "tunix"),
 }  # by benchmark, the environments of `peers` that it needs; SGLang has one of its own
 MODELLESS = {"gpu"}  # suites with random weights, that --model says nothing to
 RESULTS = Path(__file__).resolve().parent / "results"

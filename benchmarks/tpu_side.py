@@ -11,7 +11,7 @@ import jax
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.published import describe
 from agentark_jax.models.source import ModelSourceConfig
-from agentark_jax.objectives.chunked import CHUNK_BYTES, chunk_rows
+from agentark_jax.objectives.chunked import chunk_rows, portions
 from agentark_jax.preflight import compiler_environment, lower_step, topology
 from agentark_jax.training.config import FitConfig, MeshConfig
 from agentark_jax.training.mesh import fit_attention
@@ -48,7 +48,7 @@ def loss_chunks(model: ModelConfig, fit: FitConfig, devices: int) -> int:
     """How many chunks of tokens a device computes the loss of when every token has one."""
     sizes = fit.mesh.sizes(devices)
     tokens = fit.rows // fit.accumulation // (sizes["data"] * sizes["fsdp"]) * (fit.row_length - 1)
-    return -(-tokens // chunk_rows(tokens, model.vocab_size // sizes["tensor"], CHUNK_BYTES))
+    return -(-tokens // chunk_rows(tokens, model.vocab_size // sizes["tensor"], portions("tpu").chunk_bytes))
 
 
 def build(setup: Mapping[str, Any]) -> tuple[Repeat, Reply]:

@@ -70,7 +70,8 @@ def test_decoding_is_counted_without_the_first_tokens():
 
 def test_bf16_halves_the_bytes_of_the_floor():
     rates = dict.fromkeys(("prefill", "decode", "head"), 1e30)
-    halves = [generation.floor_seconds(TINY, [5, 9], 4, rates, 1e3, width) for width in (4, 2)]
+    steps = generation.schedule([5, 9], [4, 4], 2)
+    halves = [generation.floor_seconds(TINY, [5, 9], steps, rates, 1e3, width) for width in (4, 2)]
     assert halves[0] == 2 * halves[1]
     assert decode_bytes(TINY, [3, 4], 2) * 2 == decode_bytes(TINY, [3, 4])
 

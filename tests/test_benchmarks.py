@@ -143,25 +143,6 @@ def test_decode_bytes_are_weights_and_the_attended_cache(peer):
     assert flops.decode_bytes(CONFIG, positions) == 4 * numbers
 
 
-def test_the_floor_of_generation_takes_the_larger_of_computing_and_reading():
-    rates = {"prefill": 2e9, "decode": 1e9, "head": 3e9}
-    slow_memory = generation.floor_seconds(CONFIG, [5, 9], 2, rates, bandwidth=1e3)
-    fast_memory = generation.floor_seconds(CONFIG, [5, 9], 2, rates, bandwidth=1e15)
-    prefill = sum(flops.prefill_flops(CONFIG, [5, 9]).values()) / 2e9
-    steps = [[4, 8], [5, 9]]
-    assert generation.step_positions([5, 9], 2) == steps
-    assert slow_memory == pytest.approx(prefill + sum(flops.decode_bytes(CONFIG, step) for step in steps) / 1e3)
-    work = [flops.decode_flops(CONFIG, step) for step in steps]
-    expected = prefill + sum((part["trunk"] + part["attention"]) / 1e9 + part["head"] / 3e9 for part in work)
-    assert fast_memory == pytest.approx(expected)
-def test_half_of_the_tokens_have_no_loss():
-    assert first_loss_position(256) == 128
-    ids = sft_ids(50, 4, 256, 1)
-    assert (ids.shape, ids.dtype) == ((4, 256), np.int32)
-    assert (sft_ids(50, 4, 256, 1) == ids).all()
-    assert (sft_ids(50, 4, 256, 2) != ids).any()
-
-
 MACHINE_REPLY = {"seconds": 1.0, "rates": {"trunk": 2e9, "head": 4e9}, "bandwidth": 5e9, "peak_rss_gb": 1.0}
 
 
@@ -263,25 +244,6 @@ def test_the_result_files_of_this_repository_have_the_schema(path: Path):
     assert f"{os.sep}home{os.sep}" not in path.read_text()
 
 
-def test_sides_that_disagree_have_no_speed():
-    same = [[1] * 100, [2] * 100]
-    tokens, sequences = generation.compare_tokens(same, [[1] * 100, [2] * 98 + [3] * 2], 100)
-    assert (tokens.value, sequences.value) == (pytest.approx(0.01), 0.5)
-    with pytest.raises(AgentArkError, match="differ"):
-        generation.compare_tokens(same, [[1] * 100, [2] * 90 + [3] * 10], 100)
-    with pytest.raises(AgentArkError, match="new each"):
-        generation.compare_tokens(same, same, 99)
-    good = {"a": {"loss": 2.0, "loss_tokens": 8}, "b": {"loss": 2.0001, "loss_tokens": 8}}
-    assert sft_step.compare_losses(good, 8).value == pytest.approx(5e-5, rel=1e-3)
-    for reply in (
-        {"loss": 2.001, "loss_tokens": 8},
-        {"loss": 2.0, "loss_tokens": 9},
-        {"loss": np.nan, "loss_tokens": 8},
-    ):
-        with pytest.raises(AgentArkError, match="do not compute the same step"):
-            sft_step.compare_losses({**good, "b": reply}, 8)
-
-
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with random weights of the config above and a tokenizer trained on a few questions."""
@@ -297,28 +259,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Large weights, so that no two tokens score nearly the same.
     params = jax.tree.map(lambda leaf: random.normal(0, 0.4, leaf.shape).astype(np.float32), param_shapes(config))
     return save_pretrained(target, config, params, source)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # those of torch and transformers
-def test_our_sides_and_the_peers_do_the_same_work(tiny_model: Path):
-    pytest.importorskip("transformers", reason="transformers is not installed (extra `test`)")
-    from benchmarks import jax_sides, torch_sides
-
-    common = {"model": str(tiny_model), "side": "generation", "prompts": prompts(tiny_model, 3), "new_tokens": 5}
-    ours, theirs = (module.build(common)[0](0)["ids"] for module in (jax_sides, torch_sides))
-    assert generation.compare_tokens(ours, theirs, 5)[0].value == 0
-    assert len({tuple(ids) for ids in ours}) > 1
-    common = {"model": str(tiny_model), "batch": 2, "length": 12, "steps": 3}
-    settings = {"side": "training", "learning_rate": 1e-2, "weight_decay": 0.1, "clip_norm": 1.0}
-    sides = {
-        "ours": jax_sides.build({**common, **settings, "freeze": []})[0],
-        "dense": torch_sides.build({**common, **settings, "head": "dense"})[0],
-        "loss tokens": torch_sides.build({**common, **settings, "head": "loss_tokens"})[0],
-    }
-    # Later steps too: they see what the optimizer did.
-    for index in range(3):
-        sft_step.compare_losses({name: repeat(index) for name, repeat in sides.items()}, loss_tokens=12)
 
 
 def test_prompts_have_the_lengths_that_are_claimed(tiny_model: Path):
