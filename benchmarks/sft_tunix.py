@@ -27,6 +27,7 @@ from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
 from benchmarks.workers import Repeat, Reply, peak_rss_gb, reset_peak_rss, serve
 
 Setup = Mapping[str, Any]
+MESH = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 @flax.struct.dataclass(frozen=True)
@@ -71,7 +72,7 @@ def load(setup: Setup) -> Gemma3:
         remat_config=RematConfig.DECODER if setup.get("remat") == "full" else RematConfig.NONE,
         param_dtype=jnp.float32,
     )
-    return create_model_from_safe_tensors(setup["model"], config, dtype=jnp.float32)
+    return create_model_from_safe_tensors(setup["model"], config, MESH, dtype=jnp.float32)
 
 
 def model_input(batch: MicroBatch) -> dict[str, jax.Array]:
@@ -107,7 +108,8 @@ def make_trainer(setup: Setup) -> Trainer:
     )
     parts = setup["batch"] // setup["per_device"]
     config = TrainingConfig(eval_every_n_steps=10**6, gradient_accumulation_steps=None if parts == 1 else parts)
-    trainer = Trainer(load(setup), optimizer, config)
+    with MESH:
+        trainer = Trainer(load(setup), optimizer, config)
     return trainer.with_loss_fn(loss, has_aux=True).with_gen_model_input_fn(model_input)
 
 
@@ -133,7 +135,8 @@ def train(trainer: Trainer, batches: Iterator[MicroBatch]) -> tuple[float, list[
     """Trains on the micro-batches; seconds until the parameters are there, and the micro-batches' losses."""
     trainer.losses.clear()
     started = time.perf_counter()
-    trainer.train(batches)
+    with MESH:
+        trainer.train(batches)
     jax.block_until_ready(nnx.state(trainer.model))
     seconds = time.perf_counter() - started
     return seconds, [float(value) for value in trainer.losses]
