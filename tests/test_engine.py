@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from tiny_models import our_logits
 
+from agentark_jax.engines import local
 from agentark_jax.engines.base import Request
 from agentark_jax.engines.config import EngineConfig
-from agentark_jax.engines.local import LocalEngine
+from agentark_jax.engines.local import LocalEngine, decoder
 from agentark_jax.engines.sampling import sample
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models import transformer
@@ -292,3 +293,16 @@ def test_engine_settings_are_checked():
         EngineConfig(slots=0)
     with pytest.raises(UsageError, match=r"engine\.cache_dtype is 'int8': choose float32 or bfloat16"):
         EngineConfig(cache_dtype="int8")
+
+
+def test_on_gpus_decoding_is_compiled_with_an_option_that_xla_knows_and_that_changes_no_token():
+    assert decoder("cpu") is decoder("cpu")
+    engine, asked = make_engine(), requests(3)
+    expected = generate(make_engine(), asked)
+    engine._platform = "gpu"
+    with pytest.MonkeyPatch.context() as patch:
+        asked_for = []
+        patch.setattr(local, "decoder", lambda platform: asked_for.append(platform) or decoder(platform))
+        found = generate(engine, asked)
+    assert set(asked_for) == {"gpu"}
+    assert [completion.ids.tolist() for completion in found] == [completion.ids.tolist() for completion in expected]

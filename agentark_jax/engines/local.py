@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from agentark_jax.data.tokenizer import Tokenizer
@@ -121,6 +122,7 @@ class LocalEngine:
         self._model_config = model_config
         self._tokenizer = tokenizer
         self._params = transformer.unstack(model_config, params)
+        self._platform = next(iter(jnp.asarray(self._params["embedding"]).devices())).platform
         self._cache = transformer.init_cache(model_config, config.slots, context, jnp.dtype(config.cache_dtype))
         self._slots = _empty_slots(config.slots)
         self._running: dict[int, _Running] = {}
@@ -322,7 +324,7 @@ class LocalEngine:
         While a completion is constrained it is one step, since the host has to say what may come next.
         """
         allowed = self._allowed()
-        self._slots, self._cache, drawn = _decode_chunk(
+        self._slots, self._cache, drawn = decoder(self._platform)(
             self._model_config,
             self._config.chunk if allowed is None else 1,
             self._params,
@@ -478,7 +480,15 @@ def _row(kv: transformer.Cache, row: Int[Array, ""]) -> transformer.Cache:
     return jax.tree.map(lambda leaf: leaf[row][None], kv)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 6), donate_argnums=(3, 4))
+@lru_cache
+def decoder(platform: str) -> Wrapped:
+    """`_decode_chunk`, compiled for the devices of a platform."""
+    # XLA makes one product of several with the same operand, and for that copies the weights of a layer's projections
+    # together in every step: on GPUs as many bytes again as the step reads of them.
+    options = {"xla_gpu_dot_merger_threshold_mb": 0} if platform == "gpu" else None
+    return jax.jit(_decode_chunk, static_argnums=(0, 1, 6), donate_argnums=(3, 4), compiler_options=options)
+
+
 def _decode_chunk(
     config: ModelConfig,
     chunk: int,
