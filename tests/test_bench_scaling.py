@@ -144,7 +144,7 @@ def test_a_bound_that_devices_compute_is_given() -> None:
 
 def test_the_loss_of_a_device_has_chunks() -> None:
     case = scaling.Case(scaling.SMALL, "v5e-8", tensor=2)
-    rows = chunked.chunk_rows(2559, 151936 // 2, chunked.CHUNK_BYTES)
+    rows = chunked.chunk_rows(2559, 151936 // 2, chunked.portions("tpu").chunk_bytes)
     assert 1 < tpu_side.loss_chunks(case.model, case.fit, 8) == -(-2559 // rows)
 
 

@@ -379,7 +379,7 @@ def test_a_side_that_dies_is_named(capfd):
 
 def test_what_cannot_be_run_is_refused(tmp_path, capsys):
     assert run.main(["--only", "speed"]) == UsageError.exit_code
-    assert "sft, sft_epoch, generation" in capsys.readouterr().err
+    assert "sft, sft_epoch, sft_memory" in capsys.readouterr().err
     assert run.main(["--table", "--results", str(tmp_path)]) == UsageError.exit_code
     results.write(make_result(), tmp_path)
     assert run.main(["--table", "--quick", "--results", str(tmp_path)]) == 0
