@@ -41,6 +41,7 @@ from benchmarks.workers import Reply, Side, Worker, interleaved
 
 NAME = "growth"
 SIDE = "benchmarks.growth_side"
+PROCESS_VOCABULARY = 32768
 LOSS_TOLERANCE = 1e-5  # of the loss, between one process and two
 
 CALLS, PROMPTS, NEW = "calls", "prompt tokens", "new prompt tokens"
@@ -274,7 +275,7 @@ def of_processes(sizes: Sizes, quick: bool, say: Say) -> Comparison:
     if len(cores) < 2:
         raise UsageError(f"{NAME}: two processes need two cores, and this process may use one")
     before = environment()
-    common = {"config": shape(sizes, 32768), "rows": sizes.rows, "length": sizes.length}
+    common = {"config": shape(sizes, PROCESS_VOCABULARY), "rows": sizes.rows, "length": sizes.length}
     groups = {
         "one core": [{**common, "cores": cores[:1]}],
         "one process, two cores": [{**common, "cores": cores}],
@@ -304,7 +305,7 @@ def of_processes(sizes: Sizes, quick: bool, say: Say) -> Comparison:
         {"name": f"made-up Qwen3 of {sizes.layers} layers"},
         measured,
         [Check("losses of the first step, largest difference relative to them", spread, LOSS_TOLERANCE)],
-        {"hidden_size": sizes.hidden, "vocabulary": 32768, "rows": sizes.rows, "length": sizes.length},
+        {"hidden_size": sizes.hidden, "vocabulary": PROCESS_VOCABULARY, "rows": sizes.rows, "length": sizes.length},
         sizes,
         quick,
         before,
@@ -334,8 +335,11 @@ def in_turns(groups: Mapping[str, Sequence[Mapping[str, Any]]], repetitions: int
         workers: dict[str, list[Worker]] = {}
         for name, setups in groups.items():
             say(f"starting {name}")
-            started = list(threads.map(lambda setup, name=name: Worker(Side(name, SIDE, setup)), setups))
-            workers[name] = [stack.enter_context(worker) for worker in started]
+            starting = [threads.submit(Worker, Side(name, SIDE, setup)) for setup in setups]
+            for each in starting:
+                if each.exception() is None:  # one that has started is stopped, also when its partner has not
+                    stack.enter_context(each.result())
+            workers[name] = [each.result() for each in starting]
         replies: dict[str, list[Reply]] = {name: [] for name in groups}
         for index in range(repetitions + 1):
             first = index % len(groups)

@@ -1,8 +1,10 @@
 """What compiled programs exchange, theory and growth, against counts by hand."""
 
 import asyncio
+import json
 from dataclasses import asdict, replace
 
+import jax
 import numpy as np
 import pytest
 from chat_families import write_family
@@ -13,13 +15,16 @@ from agentark_jax.data.chat import make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.engines.base import Request
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.flops import head_params, matmul_params
+from agentark_jax.models.transformer import param_shapes
 from agentark_jax.objectives import chunked
 from agentark_jax.protocols.config import DebateConfig
 from agentark_jax.records import Completion, Sampling
-from agentark_jax.training.config import FitConfig
-from benchmarks import growth, results, scaling, tpu_side
+from agentark_jax.training.config import FitConfig, MeshConfig
+from benchmarks import growth, growth_side, results, scaling, tpu_side
 from benchmarks.collectives import Collective, Program, array_bytes, group_size
+from benchmarks.workers import Side, Worker
 
 PROGRAM = """\
 HloModule jit_step, is_scheduled=true, num_partitions=8
@@ -324,3 +329,42 @@ def test_a_prefix_cache_that_never_forgets(form) -> None:
     said = ask(5).ids.tolist()
     assert ask(5, *said, 6).cached_tokens == 3  # answers are
     assert (engine.calls, engine.prompt_tokens, engine.new_tokens) == (5, 14, 3 + 1 + 1 + 1 + 1)
+
+
+def test_a_step_of_one_process_sends_nothing() -> None:
+    config = growth.shape(growth.Sizes(hidden=64, layers=1, contexts=(16,), length=16), 64)
+    step = growth_side.training({"config": config, "rows": 2, "length": 16})
+    first, second = step(0), step(1)
+    assert first["sent_bytes"] == 0
+    assert second["sent_bytes"] is None
+    assert first["seconds"] > 0
+    assert first["loss"] == pytest.approx(np.log(64), rel=0.05)  # a new model knows nothing
+
+
+@pytest.mark.slow
+def test_one_process_and_two_have_the_same_loss_and_two_send_their_gradients() -> None:
+    sizes = growth.Sizes(hidden=64, layers=1, contexts=(32,), rows=2, length=32, repetitions=1)
+    made = growth.of_processes(sizes, True, lambda message: None)
+    value = {entry.name: entry.value.median for entry in made.measured}
+    assert value["one core, sent"] == value["one process, two cores, sent"] == 0
+    model = ModelConfig.from_hf(growth.shape(sizes, growth.PROCESS_VOCABULARY), "test")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(model)))
+    assert value["two processes, data, sent"] >= 2 / 2 * parameters * 4 / 1e6  # an all-reduce among two
+    assert {ratio.of for ratio in made.ratios} == {"one core", "two processes, data", "two processes, fsdp"}
+
+
+@pytest.mark.tpu_compile
+def test_a_step_compiled_for_eight_tpus_sends_at_least_what_theory_asks_for(tmp_path) -> None:
+    pytest.importorskip("libtpu", reason="libtpu is not installed: pip install 'agentark-jax[tpu]'")
+    raw = growth.shape(growth.Sizes(hidden=256, layers=3, contexts=(512,), length=512), 1024)
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    mesh = MeshConfig(1, 4, 2)
+    fit = FitConfig(rows=4, row_length=384, compute_dtype="bfloat16", remat="full", mesh=mesh)
+    setup = {"source": str(tmp_path), "topology": "v5e-8", "fit": asdict(fit)}
+    with Worker(Side("tiny", "benchmarks.tpu_side", setup)) as worker:
+        reply = worker.repeat(0)
+    assert reply["devices"] == 8
+    sent = scaling.by_purpose([Collective(**one) for one in reply["collectives"]], load_config(tmp_path), fit, 2)
+    least = scaling.theory(load_config(tmp_path), fit, mesh.sizes(8))
+    for purpose, count in sent.items():
+        assert 0.95 * least[purpose] < count < 3 * least[purpose], purpose
