@@ -174,14 +174,14 @@ def loss_collectives():
 def scores(shape):
     """{name: array}: log-probabilities, entropies, correct, and the gradients of an objective of the first two."""
     mesh = make_mesh(MeshConfig(*shape), jax.devices()[: int(np.prod(shape))])
-    random = np.random.default_rng(0)
-    hidden, head = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((64, 16), (48, 16)))
-    targets, mask = jnp.asarray(random.integers(0, 48, 64)), jnp.asarray(random.random(64) < 0.6)
+    random, vocabulary = np.random.default_rng(0), 2036  # the head's gradient is summed in a few more rows
+    hidden, head = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((64, 16), (vocabulary, 16)))
+    targets, mask = jnp.asarray(random.integers(0, vocabulary, 64)), jnp.asarray(random.random(64) < 0.6)
     targets = targets.at[::2].set(jnp.argmax(hidden @ head.T, axis=1)[::2])
 
     def objective(hidden, head):
         with on_mesh(mesh):
-            settings = {"temperature": 0.7, "soft_cap": 20.0, "entropy": True, "chunk_bytes": 3 * 48 * 4}
+            settings = {"temperature": 0.7, "soft_cap": 20.0, "entropy": True, "chunk_bytes": 3 * vocabulary * 4}
             found = chunked_logprobs(hidden, head, targets, mask, **settings)
         return jnp.sum(found.logprobs**2 + found.entropy), (found, found.entropy.sum())
 
