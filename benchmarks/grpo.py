@@ -38,7 +38,7 @@ SHOTS = 4
 
 @dataclass(frozen=True)
 class Sizes:
-    """`rows` and `micro_batch`: completions of a forward pass on our side and on TRL's.
+    """`rows` and `micro_batch`: completions of a forward pass on our side and on TRL's, `torch_compile` is TRL's.
 
     All 32 at once would save each side one sum of gradients, but the two together would not fit into 24 GB.
     """
@@ -49,6 +49,7 @@ class Sizes:
     new_tokens: int = 32
     rows: int = 16
     micro_batch: int = 16
+    torch_compile: bool = False
     repetitions: int = 3
 
     def __post_init__(self) -> None:

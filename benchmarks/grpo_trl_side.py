@@ -6,6 +6,7 @@ What was chosen, and why:
   continuous batching is made for one. A static cache is only faster with compilation, which the trainer turns off;
 - no gradient checkpointing (its default recomputes every layer), fused AdamW, float32;
 - `micro_batch` completions a forward pass, all of them in one optimizer step;
+- `torch_compile` as the sizes say: off, as is its default. transformers itself warns that it mostly helps on GPUs;
 - no reference model (beta 0, its default), one pass over the rollouts, so it computes no old log-probabilities either.
 
 An end token would cut rollouts short. The tokenizer gets a new one, for which the model has no output: nothing ends
@@ -141,7 +142,7 @@ def settings(setup: Setup, output: str) -> GRPOConfig:
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        **setup.get("more", {}),
+        torch_compile=setup["torch_compile"],
     )
 
 
