@@ -104,7 +104,7 @@ def test_long_rows_have_few_blocks_and_blocks_see_only_what_their_windows_reach(
     ]
     assert [keys for _, keys in blocked._blocks(300, 101)] == [slice(0, 128), slice(28, 256), slice(156, 300)]
     long = [queries for queries, _ in blocked._blocks(16_000, 512)]
-    assert len(long) == 16
+    assert len(long) == 8
     assert long[-1].stop == 16_000
 
 

@@ -117,7 +117,7 @@ def test_the_model_of_activations_has_scores_only_where_no_kernel_computes_atten
     qwen = describe(ModelSourceConfig("Qwen/Qwen3-0.6B"))
     assert beyond(qwen, 64, 1024) == beyond(qwen, 16, 4096)  # equally many tokens
     capped = replace(qwen, attention_softcap=50.0)  # which the kernel has not
-    scores = 16 * 2**16 * (256 - 128) * (4 + 4 + 2)  # of one block, which is larger in longer rows
+    scores = 16 * 2**16 * (512 - 128) * (4 + 4 + 2)  # of one block, which is larger in longer rows
     assert beyond(capped, 16, 4096) - beyond(capped, 64, 1024) == scores
     gemma = describe(ModelSourceConfig("google/gemma-3-270m"))
     assert "pallas in full_attention layers, xla (pallas has no sliding windows" in preflight.table(

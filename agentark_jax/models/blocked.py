@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 KEPT = "attention kernel"  # the name of what the backward pass reads
 # Finite, so that a row without any allowed key gives a uniform distribution and not NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-_BLOCK, _MOST_BLOCKS = 128, 16  # the blocks of long rows are larger: each is compiled by itself
+_BLOCK, _MOST_BLOCKS = 128, 8  # the blocks of long rows are larger: each is compiled by itself
 
 
 class _Seen(NamedTuple):
