@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from agentark_jax.data.packing import packing_plan
-from agentark_jax.errors import AgentArkError
+from agentark_jax.errors import AgentArkError, require
 from agentark_jax.models.config import Lora, ModelConfig, load_config
 from agentark_jax.models.flops import Flops, sft_flops
 from agentark_jax.models.lora import is_adapter
@@ -66,9 +66,16 @@ class Case:
     floor_goal: Mapping[str, float] = field(default_factory=dict)
     repetitions: int = 3
 
+    def __post_init__(self) -> None:
+        for key, size in (("trl", self.trl[0]), ("tunix", self.tunix)):
+            require(size >= 1 and self.traces % size == 0, key, size, f"a divisor of traces ({self.traces})")
+        require(1 <= self.rows <= self.traces, "rows", self.rows, f"1 to {self.traces}, one for each trace at most")
+        require(OURS in self.groups[0], "groups", self.groups[0], f"a first group with {OURS}")
+
     def quick(self) -> "Case":
         """Fewer traces and one repetition."""
-        return dataclasses.replace(self, traces=max(2, self.traces // 4), rows=1, trl=(1, False), repetitions=1)
+        fewer = max(2, self.traces // 4)
+        return dataclasses.replace(self, traces=fewer, rows=1, trl=(1, False), tunix=1, repetitions=1)
 
 
 ADAPTERS = Lora(16, 32.0)

@@ -110,7 +110,7 @@ def epoch(setup: Setup) -> Repeat:
         with tempfile.TemporaryDirectory() as directory:
             params = load_params(Path(setup["model"]), model)
             result = fit(
-                config, model, params, data, directory=Path(directory), seed=index, fingerprint={}, progress=progress
+                config, model, params, data, directory=Path(directory), seed=0, fingerprint={}, progress=progress
             )
         half = result.steps // 2
         (begun, _, before), (ended, _, after) = told[half - 1], told[-1]

@@ -24,12 +24,14 @@ from benchmarks.workers import Repeat, Reply, peak_rss_gb, reset_peak_rss, serve
 Setup = Mapping[str, Any]
 
 
-def make_trainer(
-    setup: Setup, traces: Sequence[Any], output: str, callback: TrainerCallback, **more: Any
-) -> SFTTrainer:
-    """A trainer that takes the traces (prompt tokens, ids) in their order unless `more` says otherwise."""
+def make_trainer(setup: Setup, output: str, callback: TrainerCallback, **more: Any) -> SFTTrainer:
+    """A trainer that takes step after step in their order unless `more` says otherwise.
+
+    Within a step neighbours are of similar length, so that little is padded where the step is divided.
+    """
     model = AutoModelForCausalLM.from_pretrained(setup["model"], dtype=torch.float32, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(setup["tokenizer"], local_files_only=True)
+    traces = [trace for step in setup["steps"] for trace in sorted(step, key=lambda trace: len(trace[1]))]
     rows = [{"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]} for prompt, ids in traces]
     settings = {
         "output_dir": output,
@@ -69,6 +71,10 @@ def make_trainer(
     )
 
 
+def loss_tokens(traces: Sequence[Any]) -> int:
+    return sum(len(ids) - prompt for prompt, ids in traces)
+
+
 class Turns(TrainerCallback):
     """Lets the trainer, which runs in a thread, make one optimizer step whenever it is told to go."""
 
@@ -101,15 +107,13 @@ class Turns(TrainerCallback):
 
 def training(setup: Setup) -> Repeat:
     """One optimizer step per repetition, from `on_step_begin` to `on_step_end`; its data is there already."""
-    steps = [by_length(traces) for traces in setup["steps"]]
+    steps = setup["steps"]
     turns = Turns()
 
     def train() -> None:
         try:
             with tempfile.TemporaryDirectory() as output:
-                make_trainer(
-                    setup, [trace for traces in steps for trace in traces], output, turns, max_steps=len(steps)
-                ).train()
+                make_trainer(setup, output, turns, max_steps=len(steps)).train()
         except BaseException as error:  # it is raised where the step is waited for
             turns.done.put(error)
 
@@ -118,14 +122,9 @@ def training(setup: Setup) -> Repeat:
 
     def repeat(index: int) -> Reply:
         turns.go.put(None)
-        return {**turns.answer(), "loss_tokens": sum(len(ids) - prompt for prompt, ids in steps[index])}
+        return {**turns.answer(), "loss_tokens": loss_tokens(steps[index])}
 
     return repeat
-
-
-def by_length(traces: Sequence[Any]) -> list[Any]:
-    """Neighbours are of similar length, so that little is padded where a step is divided."""
-    return sorted(traces, key=lambda trace: len(trace[1]))
 
 
 class Epochs(TrainerCallback):
@@ -155,12 +154,12 @@ def epoch(setup: Setup) -> Repeat:
         epochs = Epochs()
         with tempfile.TemporaryDirectory() as output:
             more = {"num_train_epochs": 2, "train_sampling_strategy": "group_by_length", "seed": index}
-            make_trainer(setup, traces, output, epochs, **more).train()
+            make_trainer(setup, output, epochs, **more).train()
         half = len(epochs.losses) // 2
         return {
             "seconds": epochs.seconds[1],
             "loss": sum(epochs.losses[:half]) / half,
-            "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
+            "loss_tokens": loss_tokens(traces),
         }
 
     return repeat
@@ -192,16 +191,12 @@ def memory(setup: Setup) -> Repeat:
         started = time.perf_counter()
         peaks = Peaks()
         with tempfile.TemporaryDirectory() as output:
-            trainer = make_trainer(
-                setup, [trace for traces in steps for trace in traces], output, peaks, max_steps=len(steps)
-            )
-            trainer.train()
+            make_trainer(setup, output, peaks, max_steps=len(steps)).train()
         return {
             "seconds": time.perf_counter() - started,
             "losses": peaks.losses,
             "peak_rss_gb_of_steps": peaks.peaks,
-            "loss_tokens": sum(len(ids) - prompt for prompt, ids in steps[0]),
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+            "loss_tokens": loss_tokens(steps[0]),
         }
 
     return repeat
