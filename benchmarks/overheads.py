@@ -51,7 +51,7 @@ class Sizes:
     starts: int = 7
     answers: int = 200
     turns: int = 20_000
-    sequences: int = 32
+    sequences: int = 64
     shortest: int = 64
     longest: int = 448
     step_tokens: int = 24
@@ -60,7 +60,7 @@ class Sizes:
     repetitions: int = 3
 
 
-QUICK = Sizes(starts=2, answers=30, turns=1500, sequences=8, longest=192, batch=2, length=64, repetitions=1)
+QUICK = Sizes(starts=2, answers=30, turns=1500, sequences=32, longest=256, batch=2, length=64, repetitions=1)
 
 
 def run(model: Path, name: str, *, quick: bool, peers: bool, say: Say) -> Iterator[Result | Comparison]:
@@ -124,10 +124,10 @@ def grading(sizes: Sizes, quick: bool, say: Say) -> Comparison:
                 f"{NAME}: {as_meant} of {sizes.repetitions * sizes.answers} {kind} answers got the verdict that they "
                 "should get; speed says nothing before all do"
             )
-        times = [np.asarray(reply["times"]) * 1e3 for reply in replies]
+        times = [np.asarray(reply["times"]) * 1e6 for reply in replies]
         for share, what in ((50, "median"), (99, "99th percentile")):
             spread = Spread.of([float(np.percentile(each, share)) for each in times])
-            measured.append(Measured(f"{kind}, {what}", f"{kind}: {what} of an answer", "ms", spread))
+            measured.append(Measured(f"{kind}, {what}", f"{kind}: {what} of an answer", "µs", spread))
         speed = sizes.answers / statistics.median(reply["seconds"] for reply in replies)
         checks.append(Check(f"{kind}: answers a second", speed, None))
         say(f"{kind}: {speed:.0f} answers/s")
