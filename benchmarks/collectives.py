@@ -245,16 +245,17 @@ def array_bytes(shape: str) -> int:
 
 def group_size(attributes: str, devices: int) -> int:
     """How many devices exchange with each other, from any of the three forms of `replica_groups`."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
-        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", found[2]))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? ?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        # A part of an axis is written 'axis':(parts before it)size.
+        return math.prod(int(part or sizes[name]) for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", attributes):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(found[1].split(","))
     if "replica_groups={}" in attributes:
         return devices
-    raise AgentArkError("a collective without groups: this version of XLA writes another text")
+    raise AgentArkError(f"a collective without groups that are known: {attributes[:200]}")
 
 
 def _elements(shape: str) -> list[str]:

@@ -68,11 +68,15 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        """Raises UsageError where a row is as long as a parameter is wide: the two could not be told apart."""
+        """Raises UsageError where a row is as long as a parameter or a part of it: the two could not be told apart."""
         model = describe(ModelSourceConfig(self.source))
         widths = (model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim, model.vocab_size)
-        if self.row_length in widths:
-            raise UsageError(f"{NAME}: rows of {self.row_length} are as long as {self.source} is wide; choose another")
+        parts = {1, *self.mesh.sizes(topology(self.topology).devices).values()}
+        if self.row_length in {width / part for width in widths for part in parts}:
+            raise UsageError(
+                f"{NAME}: rows of {self.row_length} are as long as parameters of {self.source} are wide; choose another"
+                " length"
+            )
         return model
 
     @property
@@ -102,6 +106,7 @@ CASES = (
     Case(LARGE, "v5e-256", data=8),
 )
 AT_ONCE = 2
+_REDUCED = "gradients all-reduced where each device keeps a part"
 
 
 def run(model: Path, name: str, *, quick: bool, peers: bool, say: Callable[[str], None]) -> Iterator[Comparison]:
@@ -207,20 +212,17 @@ def surplus(
 ) -> list[tuple[str, float]]:
     """(what, bytes) that a device sends without need, the most first; what makes up less than 1 % is left out."""
     found: Counter[str] = Counter()
-    gathered = 0.0
     for one in collectives:
         what = purpose(one, model, fit, sizes["tensor"])
         array = re.sub(r"^\((.*)\)$", r"\1", one.shape)
-        if what == WEIGHTS:
-            gathered += one.total
-            if fit.compute_dtype == "bfloat16" and array.startswith("f32"):
-                found[f"weights gathered in float32, {array}"] += one.total / 2
+        if what == WEIGHTS and fit.compute_dtype == "bfloat16" and array.startswith("f32"):
+            found[f"weights gathered in float32, {array}"] += one.total / 2
         if what == GRADIENTS and one.kind == "all-reduce" and one.group > sizes["data"] and sizes["fsdp"] > 1:
-            found[f"gradients all-reduced where each device keeps a part, {array}"] += one.total / 2
-        if what == ACTIVATIONS and one.kind == "all-gather" and one.shape[0] != "s":
+            found[f"{_REDUCED}, {array}"] += one.total / 2
+        if what == ACTIVATIONS and one.kind == "all-gather" and not array.startswith("s"):
             found[f"activations gathered, {array}"] += one.total
-    found["weights gathered more than once forward and once backward"] = max(
-        0.0, gathered - theory(model, fit, sizes)[WEIGHTS]
-    )
-    least = 0.01 * sum(one.total for one in collectives)
-    return [(f"GB without need: {what}", count) for what, count in found.most_common(6) if count > least]
+    sent, wanted = by_purpose(collectives, model, fit, sizes["tensor"]), theory(model, fit, sizes)
+    named = sum(count for what, count in found.items() if what.startswith(_REDUCED))
+    found["weights sent beyond one gathering forward and one backward"] = max(0.0, sent[WEIGHTS] - wanted[WEIGHTS])
+    found["gradients sent beyond one reduction"] = max(0.0, sent[GRADIENTS] - wanted[GRADIENTS] - named)
+    return [(f"GB without need: {what}", count) for what, count in found.most_common(6) if count > 0.01 * sent[TOTAL]]
