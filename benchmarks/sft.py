@@ -177,7 +177,9 @@ def measure(
     )
     groups = [[machine, *(sides[side] for side in group if side in sides)] for group in case.groups]
     measured = [interleaved(group, case.repetitions, check, say) for group in groups if len(group) > 1]
-    checks["later"] = Check("loss of later steps, largest relative difference", later_difference(paired(measured)), None)
+    checks["later"] = Check(
+        "loss of later steps, largest relative difference", later_difference(paired(measured)), None
+    )
 
     def flops(side: str) -> Flops:
         return work(case, config, pairs, side)
