@@ -196,7 +196,11 @@ def by_purpose(collectives: Sequence[Collective], model: ModelConfig, fit: FitCo
 
 
 def purpose(one: Collective, model: ModelConfig, fit: FitConfig, tensor: int) -> str:
-    """What an exchange is for, by its shape and kind: rows of tokens are as long as no parameter is wide."""
+    """What an exchange is for, by its shape and kind: rows of tokens are as long as no parameter is wide.
+
+    A short ring is not left in a loop. What it passes around are weights where the array has an axis of length 1, the
+    place of the part among all, and sums of gradients where it has none.
+    """
     sizes = [int(size) for group in re.findall(r"\[([\d,]+)\]", one.shape) for size in group.split(",")]
     kind = one.ring or one.kind
     rows = model.vocab_size // tensor
@@ -204,7 +208,8 @@ def purpose(one: Collective, model: ModelConfig, fit: FitConfig, tensor: int) ->
         kind == "all-to-all" or "shard_map" in one.where or {fit.row_length, fit.row_length - 1} & set(sizes)
     ):
         return ACTIVATIONS
-    return WEIGHTS if kind == "all-gather" else GRADIENTS
+    unrolled = kind == "collective-permute" and 1 in sizes
+    return WEIGHTS if kind == "all-gather" or unrolled else GRADIENTS
 
 
 def surplus(

@@ -209,10 +209,12 @@ def exchange(kind: str, shape: str, count: float = 1e6, where: str = "", group: 
 
 PURPOSES = {
     "weights": [
+        exchange("collective-permute", "bf16[40,1,12]"),
         exchange("all-gather", "bf16[40,24]"),
         exchange("collective-permute", "bf16[40,1,12]", ring="all-gather"),
     ],
     "gradients": [
+        exchange("collective-permute", "bf16[40,12]"),
         exchange("reduce-scatter", "f32[48,12]", where="shard_map/reduce_scatter"),
         exchange("all-reduce", "(f32[24], f32[24])"),
         exchange("collective-permute", "bf16[40,12]", ring="reduce-scatter"),
@@ -231,7 +233,7 @@ def test_an_exchange_is_told_by_its_shape_and_kind(purpose: str) -> None:
     for one in PURPOSES[purpose]:
         assert scaling.purpose(one, GEMMA, FIT, 2) == purpose, one
     counted = scaling.by_purpose([one for ones in PURPOSES.values() for one in ones], GEMMA, FIT, 2)
-    assert counted == {"weights": 2e6, "gradients": 3e6, "activations": 4e6, "total": 9e6}
+    assert counted == {"weights": 3e6, "gradients": 4e6, "activations": 4e6, "total": 11e6}
 
 
 def test_surplus_is_named() -> None:
