@@ -40,8 +40,9 @@ from agentark_jax.records import Completion, ids_hash
 logger = logging.getLogger(__name__)
 
 _STOP_IDS = 4
-# Positions of one prefill: as many prompts of a bucket as fit, so that its matrix products are large.
-_PREFILL_TOKENS = 512
+# Positions of one prefill: as many prompts of a bucket as fit, so that its matrix products are large, though a single
+# prompt takes as long as all of them.
+_PREFILL_TOKENS = 192
 # Rows of one prefill that goes on after a shared beginning: about as many as a debate has agents.
 _REST_ROWS = 4
 _REMEMBERED_PREFILLS = 6

@@ -72,8 +72,31 @@ def _linear(x: Float[Array, "B T I"], weight: Float[Array, "O I"]) -> Float[Arra
     With more axes XLA's CPU backend copies operands into another order first, most of all for the weight's gradient: a
     training step of a small model takes 1.7 times as long.
     """
-    flat = jnp.einsum("ni,oi->no", x.reshape(-1, x.shape[-1]), weight)
+    flat = x.reshape(-1, x.shape[-1])
+    # One token for each row: a decode step.
+    flat = few_times(flat, weight) if x.shape[1] == 1 else jnp.einsum("ni,oi->no", flat, weight)
     return flat.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def few_times(
+    x: Float[Array, "N I"], weight: Float[Array, "O I"], dtype: jax.typing.DTypeLike | None = None
+) -> Float[Array, "N O"]:
+    """x · weightᵀ for much fewer rows than the weight has; `dtype` of the result, None for theirs.
+
+    On CPU the weight comes first: XLA's backend would put all of it into another order to multiply a few rows by it.
+    Decode steps of 4 to 16 sequences then take 0.5 to 0.6 of the time.
+    """
+
+    def weight_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+        product = jnp.einsum("oi,ni->on", weight, x, preferred_element_type=dtype)
+        # Otherwise XLA would exchange the operands rather than transpose their product.
+        return jax.lax.optimization_barrier(product).T
+
+    def rows_first(x: jax.Array, weight: jax.Array) -> jax.Array:
+        return jnp.einsum("ni,oi->no", x, weight, preferred_element_type=dtype)
+
+    result: jax.Array = jax.lax.platform_dependent(x, weight, cpu=weight_first, default=rows_first)
+    return result
 
 
 class Attention(nnx.Module):

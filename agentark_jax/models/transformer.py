@@ -31,11 +31,14 @@ from agentark_jax.models.layers import (
     RMSNorm,
     block_graph,
     embed,
+    few_times,
     normal_param,
     rotation_table,
 )
 from agentark_jax.models.sharding import activation
 
+# Of more hidden states than these all scores take longer to be transposed than to be computed in the other order.
+_FEW_ROWS = 48
 Params = dict[str, Any]
 Cache = tuple[dict[str, jax.Array], ...]
 
@@ -156,7 +159,11 @@ def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"]:
 
 def logits(config: ModelConfig, params: Params, h: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Scores of every token, float32, after the model's soft cap. `params` may be of either layout."""
-    scores = jnp.einsum("...d,vd->...v", h, unembedding(config, params), preferred_element_type=jnp.float32)
+    head = unembedding(config, params)
+    if h.ndim == 2 and len(h) <= _FEW_ROWS:
+        scores = few_times(h, head, jnp.float32)
+    else:
+        scores = jnp.einsum("...d,vd->...v", h, head, preferred_element_type=jnp.float32)
     if config.final_softcap is not None:
         scores = config.final_softcap * jnp.tanh(scores / config.final_softcap)
     return scores
