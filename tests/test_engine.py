@@ -306,3 +306,12 @@ def test_on_gpus_decoding_is_compiled_with_an_option_that_xla_knows_and_that_cha
         found = generate(engine, asked)
     assert set(asked_for) == {"gpu"}
     assert [completion.ids.tolist() for completion in found] == [completion.ids.tolist() for completion in expected]
+def test_steps_score_the_same_whichever_operand_comes_first():
+    """Few hidden states and many take different products on CPU."""
+    random = np.random.default_rng(0)
+    hidden = random.normal(size=(transformer._FEW_ROWS + 1, CONFIG.hidden_size)).astype(np.float32)
+    expected = hidden.astype(np.float64) @ np.asarray(PARAMS["embedding"], np.float64).T
+    for rows in (1, 5, transformer._FEW_ROWS, transformer._FEW_ROWS + 1):
+        scores = transformer.logits(CONFIG, PARAMS, hidden[:rows])
+        assert scores.dtype == np.float32
+        np.testing.assert_allclose(scores, expected[:rows], atol=1e-5)
