@@ -306,6 +306,8 @@ def test_on_gpus_decoding_is_compiled_with_an_option_that_xla_knows_and_that_cha
         found = generate(engine, asked)
     assert set(asked_for) == {"gpu"}
     assert [completion.ids.tolist() for completion in found] == [completion.ids.tolist() for completion in expected]
+
+
 def test_steps_score_the_same_whichever_operand_comes_first():
     """Few hidden states and many take different products on CPU."""
     random = np.random.default_rng(0)
