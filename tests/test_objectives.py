@@ -250,6 +250,25 @@ def test_the_devices_of_the_mesh_decide_about_the_portions(platform, products):
     assert matmuls(traced) == [products]
 
 
+@pytest.mark.parametrize("masked", [3, 130, 250, 256, 300, 390])
+def test_a_last_chunk_of_half_the_rows_changes_nothing(masked, monkeypatch):
+    """Whole chunks of 256 rows; what is left of 3, 130 and 44 tokens, or nothing."""
+    random = np.random.default_rng(masked)
+    hidden, head = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((400, 6), (12, 6)))
+    targets, coefficients = jnp.asarray(random.integers(0, 12, 400)), jnp.asarray(random.random(400), jnp.float32)
+    mask = jnp.asarray(random.permutation(np.arange(400) < masked))
+
+    def loss(hidden, head):
+        return chunked_nll(hidden, head, targets, coefficients, mask)[0]
+
+    found = {}
+    for halves in (False, True):
+        monkeypatch.setattr(chunked, "portions", lambda platform, halves=halves: Portions(256 * 12 * 4, 4, halves))
+        found[halves] = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, head)
+        jax.clear_caches()
+    jax.tree.map(assert_close, found[True], found[False])
+
+
 def test_on_gpus_the_head_is_multiplied_in_one_piece_and_in_large_chunks():
     assert portions("gpu").parts == 1
     assert portions("gpu").chunk_bytes > portions("tpu").chunk_bytes

@@ -30,10 +30,17 @@ NOTHING = (False, False)
 
 
 class Portions(NamedTuple):
-    """`chunk_bytes` bounds the fp32 logits that exist at once; `parts`: of the vocabulary, at most, in their making."""
+    """How tokens are scored.
+
+    Attributes:
+        chunk_bytes: bounds the fp32 logits that exist at once.
+        parts: of the vocabulary, at most, in their making.
+        halves: whether the last chunk of a device has half of the rows where they are enough.
+    """
 
     chunk_bytes: int = 2**28
     parts: int = 16
+    halves: bool = False
 
 
 def portions(platform: str | None) -> Portions:
@@ -41,9 +48,9 @@ def portions(platform: str | None) -> Portions:
 
     Every chunk reads and writes the whole gradient of the head: with chunks of a few hundred tokens a GPU does hardly
     anything else. There a product with the whole head, added to what is there, is a single kernel, and slices of its
-    operands are copies.
+    operands are copies. A CPU has so much to do for every row that it is worth another program to have fewer.
     """
-    return Portions(2**30, 1) if platform == "gpu" else Portions()
+    return {"gpu": Portions(2**30, 1), "cpu": Portions(halves=True)}.get(platform or "", Portions())
 
 
 class Scores(NamedTuple):
@@ -239,7 +246,7 @@ def _on_devices(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradient
 def _on_one_device(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradients]:
     """`_scan`, chunk after chunk of the device's masked tokens; the head's gradient is that of its tokens alone.
 
-    The number of chunks is known on the device only, hence a loop with a dynamic bound. Its carry is updated in place;
+    The number of chunks is known on the device only, hence loops with dynamic bounds. Their carry is updated in place;
     a `cond` around each chunk would copy the [V, D] gradient through its branches.
     """
     hidden, head = inputs.hidden, inputs.unembedding
@@ -248,14 +255,18 @@ def _on_one_device(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradi
     rows = chunk_rows(tokens, head.shape[0], settings.portions.chunk_bytes)
     # Places that are left over are out of range: read as zero, never written.
     order = jnp.nonzero(inputs.mask, size=-(-tokens // rows) * rows, fill_value=tokens)[0]
-    chunks = (inputs.mask.sum() + rows - 1) // rows
+    count = inputs.mask.sum()
+    half = rows // 2 if settings.portions.halves and rows % 256 == 0 else rows
+    chunks = (count + half - 1) // rows  # whole ones
 
-    def body(chunk: Array, carry: tuple[Scores, _Gradients]) -> tuple[Scores, _Gradients]:
+    def body(
+        begin: Array | int, size: int, chunk: Array, carry: tuple[Scores, _Gradients]
+    ) -> tuple[Scores, _Gradients]:
         scores, gradients = carry
-        at = jax.lax.dynamic_slice_in_dim(order, chunk * rows, rows)
+        at = jax.lax.dynamic_slice_in_dim(order, begin + chunk * size, size)
         take = partial(jnp.take, indices=at, axis=0, mode="fill", fill_value=0)
         mine = take(hidden)
-        products = _products(settings, mine, head, _zeros((rows, head.shape[0]), jnp.float32, everywhere))
+        products = _products(settings, mine, head, _zeros((size, head.shape[0]), jnp.float32, everywhere))
         found, pullback, correct = jax.vjp(partial(_score, settings, take(inputs.targets)), products, has_aux=True)
         scores = jax.tree.map(lambda old, new: old.at[at].set(new, mode="drop"), scores, Scores(*found, correct))
         if settings.wanted == NOTHING:
@@ -273,7 +284,11 @@ def _on_one_device(settings: _Settings, inputs: _Inputs) -> tuple[Scores, _Gradi
             else None,
         ),
     )
-    return jax.lax.fori_loop(0, chunks, body, start)
+    done = jax.lax.fori_loop(0, chunks, partial(body, 0, rows), start)
+    if half == rows:
+        return done
+    begin = chunks * rows
+    return jax.lax.fori_loop(0, (jnp.maximum(count - begin, 0) + half - 1) // half, partial(body, begin, half), done)
 
 
 def _gradient_rows(settings: _Settings, vocabulary: int) -> int:
