@@ -1,6 +1,6 @@
 """What TRL's own GRPO loss and its gradients are on some tensors; writes `trl_losses.json` beside it.
 
-`python tests/trl_losses.py` in an environment with the extra `bench`. TRL computes everything but log-probabilities:
+`.peers/trl/bin/python tests/trl_losses.py` (`python -m benchmarks.peers trl`). TRL computes everything but log-probabilities:
 gradients are taken of these.
 """
 
