@@ -1,7 +1,7 @@
 """What TRL's own GRPO loss and its gradients are on some tensors; writes `trl_losses.json` beside it.
 
-`.peers/trl/bin/python tests/trl_losses.py` (`python -m benchmarks.peers trl`). TRL computes everything but log-probabilities:
-gradients are taken of these.
+`.peers/trl/bin/python tests/trl_losses.py`, which `python -m benchmarks.peers trl` makes. TRL computes everything but
+log-probabilities: gradients are taken of these.
 """
 
 import json
