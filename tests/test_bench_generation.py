@@ -146,7 +146,7 @@ def debating(tiny: Path, layout: str) -> dict:
 
 @pytest.mark.parametrize("layout", [pytest.param("own_first", marks=pytest.mark.slow), "shared_first"])
 def test_our_debates_repeat_themselves_and_say_what_they_read(tiny: Path, layout: str, monkeypatch):
-    for name in debate_ours.PROGRAMS:
+    for name in (*debate_ours.PREFILL, "decoder"):
         monkeypatch.setattr(debate_ours.local, name, getattr(debate_ours.local, name))  # undone afterwards
     repeat, _ = debate_ours.build(debating(tiny, layout))
     first, second = repeat(0), repeat(0)
@@ -176,7 +176,7 @@ def test_transformers_does_the_same_work(tiny: Path, monkeypatch):
     ours, theirs = (module.build(sampling)[0](0) for module in (jax_sides, transformers_generation))
     generation.check_counts([{"ours": [ours], "theirs": [theirs]}], [6] * 4)
     assert generation.compare_tokens(ours["greedy"], theirs["greedy"], "transformers")[0].value == 0
-    for name in debate_ours.PROGRAMS:
+    for name in (*debate_ours.PREFILL, "decoder"):
         monkeypatch.setattr(debate_ours.local, name, getattr(debate_ours.local, name))  # undone afterwards
     setup = debating(tiny, "shared_first")
     debated = debate_ours.build(setup)[0](0)

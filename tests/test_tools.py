@@ -73,7 +73,7 @@ def test_logits_in_bfloat16_are_near(model: Path, ids: Path, tmp_path: Path) -> 
     assert run_logits(model, ids, tmp_path / "b.npy", "--dtype", "bfloat16") == 0
     a, b = np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy")
     assert b.dtype == np.float32
-    assert 0.99 < np.corrcoef(a.ravel(), b.ravel())[0, 1] < 1 - 1e-9
+    assert 0.98 < np.corrcoef(a.ravel(), b.ravel())[0, 1] < 1 - 1e-9
 
 
 @pytest.mark.parametrize("command", ["logits", "generate"])
