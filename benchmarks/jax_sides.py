@@ -31,10 +31,13 @@ Setup = Mapping[str, Any]
 
 
 def compilation(setup: Setup) -> Repeat:
-    """Tracing, lowering and compiling the training step of a made-up model."""
-    batch, length = setup["batch"], setup["length"]
+    """The training step of a made-up model."""
+    return compiling(ModelConfig.from_hf(setup["config"], "benchmark"), setup["batch"], setup["length"])
+
+
+def compiling(model: ModelConfig, batch: int, length: int) -> Repeat:
+    """Tracing, lowering and compiling the training step of a model."""
     fit = FitConfig(rows=batch, row_length=length)
-    model = ModelConfig.from_hf(setup["config"], "benchmark")
     trainable, _ = partition(param_shapes(model), fit.freeze)
     mesh, optimizer = make_mesh(fit.mesh), make_optimizer(fit, 10)
     shardings = state_shardings(mesh, optimizer, trainable)

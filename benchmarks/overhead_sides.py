@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from agentark_jax.cache import enable_compilation_cache
@@ -17,16 +16,13 @@ from agentark_jax.engines.config import EngineConfig
 from agentark_jax.engines.local import LocalEngine
 from agentark_jax.models.config import load_config
 from agentark_jax.models.heads import init_head
-from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params
-from agentark_jax.objectives.sft import SFT
 from agentark_jax.records import Question, Sampling
 from agentark_jax.tasks.grading import grader
-from agentark_jax.training.config import FitConfig, MeshConfig
+from agentark_jax.training.config import MeshConfig
 from agentark_jax.training.mesh import make_mesh
 from agentark_jax.training.scoring import score_steps
-from agentark_jax.training.state import abstract_state, make_optimizer, partition, state_shardings
-from agentark_jax.training.step import make_step
+from benchmarks.jax_sides import compiling
 from benchmarks.workers import Repeat, Reply, serve
 
 Setup = Mapping[str, Any]
@@ -126,23 +122,8 @@ def prm_scoring(setup: Setup) -> Repeat:
 
 
 def compile_step(setup: Setup) -> Repeat:
-    """Tracing, lowering and compiling the training step of a model."""
-    model = load_config(Path(setup["model"]))
-    batch, length = setup["batch"], setup["length"]
-    fit = FitConfig(rows=batch, row_length=length)
-    trainable, _ = partition(param_shapes(model), fit.freeze)
-    mesh, optimizer = make_mesh(fit.mesh), make_optimizer(fit, 10)
-    shardings = state_shardings(mesh, optimizer, trainable)
-    ids, weights = [jax.ShapeDtypeStruct((batch, length), dtype) for dtype in (np.int32, np.float32)]
-    inputs = {"ids": ids, "positions": ids, "segment_ids": ids, "weights": {"completion": weights}}
-    state = abstract_state(trainable, optimizer, shardings)
-
-    def repeat(index: int) -> Reply:
-        started = time.perf_counter()
-        make_step(fit, model, SFT({"completion": 1.0}), 10, shardings).lower(state, {}, inputs).compile()
-        return {"seconds": time.perf_counter() - started}
-
-    return repeat
+    """The training step of a model in a directory."""
+    return compiling(load_config(Path(setup["model"])), setup["batch"], setup["length"])
 
 
 def compile_engine(setup: Setup) -> Repeat:

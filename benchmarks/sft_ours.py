@@ -24,7 +24,7 @@ from agentark_jax.training.loop import fit
 from agentark_jax.training.mesh import make_mesh, place_params
 from agentark_jax.training.state import initial_state, make_optimizer, partition, state_shardings
 from agentark_jax.training.step import make_step
-from benchmarks.workers import Repeat, Reply, peak_rss_gb, reset_peak_rss, serve
+from benchmarks.workers import Repeat, Reply, peaks_of_steps, serve
 
 Setup = Mapping[str, Any]
 TERM = "completion"
@@ -129,22 +129,7 @@ def memory(setup: Setup) -> Repeat:
     step = training(setup)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(param_shapes(load_config(Path(setup["model"])))))
 
-    def repeat(index: int) -> Reply:
-        started = time.perf_counter()
-        done, peaks = [], []
-        for number in range(len(setup["steps"])):
-            reset_peak_rss()
-            done.append(step(number))
-            peaks.append(peak_rss_gb())
-        return {
-            "seconds": time.perf_counter() - started,
-            "losses": [reply["loss"] for reply in done],
-            "peak_rss_gb_of_steps": peaks,
-            "loss_tokens": done[0]["loss_tokens"],
-            "parameters": parameters,
-        }
-
-    return repeat
+    return lambda index: {**peaks_of_steps(step, len(setup["steps"])), "parameters": parameters}
 
 
 def build(setup: Setup) -> tuple[Repeat, Reply]:

@@ -6,7 +6,6 @@ than a machine has room for. Its default loss averages over a micro-batch; the o
 number of tokens of the whole step, through `with_loss_fn`.
 """
 
-import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from tunix.models.gemma3.model import Gemma3, ModelConfig, RematConfig
-from tunix.models.gemma3.params_safetensors import create_model_from_safe_tensors
+from tunix.models.gemma3.model import Gemma3, RematConfig
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 from tunix.sft.utils import build_positions_from_mask, make_causal_attn_mask
 
-from benchmarks.workers import Repeat, Reply, peak_rss_gb, reset_peak_rss, serve
+from benchmarks.tunix_model import load
+from benchmarks.workers import Repeat, Reply, peaks_of_steps, serve
 
 Setup = Mapping[str, Any]
 MESH = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -50,29 +49,6 @@ class Trainer(PeftTrainer):
 
     def _post_process_train_step(self, aux: jax.Array) -> None:
         self.losses.append(aux)
-
-
-def load(setup: Setup) -> Gemma3:
-    """Raises ValueError for a model that is not Gemma 3."""
-    raw = json.loads((Path(setup["model"]) / "config.json").read_text())
-    if raw["model_type"] != "gemma3_text":
-        raise ValueError(f"{setup['model']}: this side knows gemma3_text only, not {raw['model_type']}")
-    rope = raw.get("rope_parameters", {})
-    config = ModelConfig(
-        num_layers=raw["num_hidden_layers"],
-        num_embed=raw["vocab_size"],
-        embed_dim=raw["hidden_size"],
-        hidden_dim=raw["intermediate_size"],
-        num_heads=raw["num_attention_heads"],
-        head_dim=raw["head_dim"],
-        num_kv_heads=raw["num_key_value_heads"],
-        sliding_window_size=raw["sliding_window"],
-        local_base_frequency=int(raw["rope_local_base_freq"] if not rope else rope["sliding_attention"]["rope_theta"]),
-        global_base_frequency=int(raw["rope_theta"] if not rope else rope["full_attention"]["rope_theta"]),
-        remat_config=RematConfig.DECODER if setup.get("remat") == "full" else RematConfig.NONE,
-        param_dtype=jnp.float32,
-    )
-    return create_model_from_safe_tensors(setup["model"], config, MESH, dtype=jnp.float32)
 
 
 def model_input(batch: MicroBatch) -> dict[str, jax.Array]:
@@ -109,7 +85,9 @@ def make_trainer(setup: Setup) -> Trainer:
     parts = setup["batch"] // setup["per_device"]
     config = TrainingConfig(eval_every_n_steps=10**6, gradient_accumulation_steps=None if parts == 1 else parts)
     with MESH:
-        trainer = Trainer(load(setup), optimizer, config)
+        remat = RematConfig.DECODER if setup.get("remat") == "full" else RematConfig.NONE
+        _, model = load(Path(setup["model"]), MESH, remat_config=remat)
+        trainer = Trainer(model, optimizer, config)
     return trainer.with_loss_fn(loss, has_aux=True).with_gen_model_input_fn(model_input)
 
 
@@ -131,15 +109,19 @@ def longest(traces: Sequence[Any]) -> int:
     return max(len(ids) for _, ids in traces)
 
 
-def train(trainer: Trainer, batches: Iterator[MicroBatch]) -> tuple[float, list[float]]:
-    """Trains on the micro-batches; seconds until the parameters are there, and the micro-batches' losses."""
+def train(trainer: Trainer, batches: Iterator[MicroBatch], traces: Sequence[Any]) -> Reply:
+    """Trains on the traces' micro-batches: seconds until the parameters are there, the mean loss, tokens with loss."""
     trainer.losses.clear()
     started = time.perf_counter()
     with MESH:
         trainer.train(batches)
     jax.block_until_ready(nnx.state(trainer.model))
     seconds = time.perf_counter() - started
-    return seconds, [float(value) for value in trainer.losses]
+    return {
+        "seconds": seconds,
+        "loss": float(np.mean([float(value) for value in trainer.losses])),
+        "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
+    }
 
 
 def training(setup: Setup) -> Repeat:
@@ -148,12 +130,7 @@ def training(setup: Setup) -> Repeat:
 
     def repeat(index: int) -> Reply:
         traces = setup["steps"][index]
-        seconds, losses = train(trainer, iter(list(micro_batches(setup, traces, longest(traces)))))
-        return {
-            "seconds": seconds,
-            "loss": float(np.mean(losses)),
-            "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
-        }
+        return train(trainer, iter(list(micro_batches(setup, traces, longest(traces)))), traces)
 
     return repeat
 
@@ -170,36 +147,14 @@ def epoch(setup: Setup) -> Repeat:
             chosen = [traces[index] for index in order[start : start + batch]]
             yield from micro_batches(setup, chosen, longest(traces))
 
-    def repeat(index: int) -> Reply:
-        seconds, losses = train(trainer, batches(index))
-        return {
-            "seconds": seconds,
-            "loss": float(np.mean(losses)),
-            "loss_tokens": sum(len(ids) - prompt for prompt, ids in traces),
-        }
-
-    return repeat
+    return lambda index: train(trainer, batches(index), traces)
 
 
 def memory(setup: Setup) -> Repeat:
     """One repetition is a few optimizer steps; the peak of each counts from its beginning."""
     step = training(setup)
 
-    def repeat(index: int) -> Reply:
-        started = time.perf_counter()
-        done, peaks = [], []
-        for number in range(len(setup["steps"])):
-            reset_peak_rss()
-            done.append(step(number))
-            peaks.append(peak_rss_gb())
-        return {
-            "seconds": time.perf_counter() - started,
-            "losses": [reply["loss"] for reply in done],
-            "peak_rss_gb_of_steps": peaks,
-            "loss_tokens": done[0]["loss_tokens"],
-        }
-
-    return repeat
+    return lambda index: peaks_of_steps(step, len(setup["steps"]))
 
 
 def build(setup: Setup) -> tuple[Repeat, Reply]:

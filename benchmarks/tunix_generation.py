@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from tokenizers import Tokenizer
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix.models.gemma3.model import Gemma3, ModelConfig
-from tunix.models.gemma3.params_safetensors import create_model_from_safe_tensors
 
+from benchmarks.tunix_model import load
 from benchmarks.workers import Repeat, Reply, serve
 
 Setup = Mapping[str, Any]
@@ -49,28 +47,6 @@ class Ids:
 
     def pad_id(self) -> int:
         return int(self._config["pad_token_id"])
-
-
-def load(directory: Path) -> tuple[ModelConfig, Gemma3]:
-    """Raises ValueError for a model that is not Gemma 3."""
-    raw = json.loads((directory / "config.json").read_text())
-    if raw["model_type"] != "gemma3_text":
-        raise ValueError(f"{directory}: this side knows gemma3_text only, not {raw['model_type']}")
-    rope = raw["rope_parameters"]
-    config = ModelConfig(
-        num_layers=raw["num_hidden_layers"],
-        num_embed=raw["vocab_size"],
-        embed_dim=raw["hidden_size"],
-        hidden_dim=raw["intermediate_size"],
-        num_heads=raw["num_attention_heads"],
-        head_dim=raw["head_dim"],
-        num_kv_heads=raw["num_key_value_heads"],
-        sliding_window_size=raw["sliding_window"],
-        local_base_frequency=int(rope["sliding_attention"]["rope_theta"]),
-        global_base_frequency=int(rope["full_attention"]["rope_theta"]),
-        param_dtype=jnp.float32,
-    )
-    return config, create_model_from_safe_tensors(str(directory), config, dtype=jnp.float32)
 
 
 def build(setup: Setup) -> tuple[Repeat, Reply]:

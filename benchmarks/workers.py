@@ -142,6 +142,22 @@ def peak_rss_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
+def peaks_of_steps(step: Repeat, count: int) -> Reply:
+    """Makes `count` steps: the seconds of all, and by step the loss and the peak of memory in it, in 10⁹ bytes."""
+    started = time.perf_counter()
+    done, peaks = [], []
+    for number in range(count):
+        reset_peak_rss()
+        done.append(step(number))
+        peaks.append(peak_rss_gb())
+    return {
+        "seconds": time.perf_counter() - started,
+        "losses": [reply["loss"] for reply in done],
+        "peak_rss_gb_of_steps": peaks,
+        "loss_tokens": done[0]["loss_tokens"],
+    }
+
+
 def reset_peak_rss() -> None:
     """From here on `peak_rss_gb` counts anew. Raises UsageError where the system cannot do that."""
     path = Path("/proc/self/clear_refs")

@@ -84,7 +84,7 @@ def test_blocks_of_queries_equal_all_scores_at_once(settings, dtype, monkeypatch
     length = 2 * blocked._BLOCK + 50
     found = outputs_and_gradients(XLA, length, dtype=dtype, **settings)
 
-    def at_once(query, key, value, segment_ids, scale, softcap, window):
+    def at_once(segment_ids, window, query, key, value, scale, softcap):
         everything = slice(0, length)
         mask = blocked.causal_mask(everything, everything, segment_ids, window)
         return dense(query, key, value, scale, softcap, mask=mask)

@@ -161,6 +161,13 @@ def test_peers_need_nothing_of_ours_but_the_workers():
         assert imported <= {"benchmarks.workers", "benchmarks.gpu_torch"}
 
 
+def rehearsed(module, directory: Path, **settings):
+    """The benchmark's only result, which its file holds as it is."""
+    (result,) = module.run(directory, "", quick=True, say=lambda message: None, **settings)
+    assert results.read(results.write(result, directory)) == result
+    return result
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("against_peers", [False, True])
 def test_training_runs_to_its_end_with_a_tiny_shape(against_peers: bool, tmp_path: Path):
@@ -170,16 +177,7 @@ def test_training_runs_to_its_end_with_a_tiny_shape(against_peers: bool, tmp_pat
         except UsageError as error:
             pytest.skip(str(error))
     sizes = gpu_sft.Sizes(rows=2, row_length=64, steps=2, repetitions=1)
-    (result,) = gpu_sft.run(
-        tmp_path,
-        "",
-        quick=True,
-        peers=against_peers,
-        say=lambda message: None,
-        shape="tiny Qwen/Qwen3-1.7B",
-        sizes=sizes,
-    )
-    assert results.read(results.write(result, tmp_path)) == result
+    result = rehearsed(gpu_sft, tmp_path, peers=against_peers, shape="tiny Qwen/Qwen3-1.7B", sizes=sizes)
     not_compiled = {name for name, peer in gpu_sft.PEERS.items() if not peer.compiled}
     assert {row.name for row in result.rows} - set(gpu_sft.REMAT) == (not_compiled if against_peers else set())
     assert "shape of tiny Qwen/Qwen3-1.7B, bf16, fp32 masters" in results.table(result)
@@ -190,14 +188,5 @@ def test_training_runs_to_its_end_with_a_tiny_shape(against_peers: bool, tmp_pat
 @pytest.mark.slow
 def test_generation_runs_to_its_end_with_a_tiny_shape(tmp_path: Path):
     sizes = gpu_generation.Sizes(prompts=3, prompt_tokens=20, new_tokens=8, repetitions=1)
-    (result,) = gpu_generation.run(
-        tmp_path,
-        "",
-        quick=True,
-        peers=False,
-        say=lambda message: None,
-        shape="tiny Qwen/Qwen3-0.6B",
-        sizes=sizes,
-    )
-    assert results.read(results.write(result, tmp_path)) == result
+    result = rehearsed(gpu_generation, tmp_path, peers=False, shape="tiny Qwen/Qwen3-0.6B", sizes=sizes)
     assert result.rows[0].floor_goal == 0.5

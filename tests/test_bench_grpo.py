@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_models import QWEN3
 
 from agentark_jax.data.tokenizer import Tokenizer, train_tokenizer
 from agentark_jax.errors import AgentArkError, UsageError
@@ -20,24 +21,7 @@ from benchmarks.grpo import Sizes
 from benchmarks.stepwise import Stepwise
 from benchmarks.workers import Side, Worker
 
-RAW = {
-    "model_type": "qwen3",
-    "vocab_size": 320,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-}
+RAW = QWEN3
 SIZES = Sizes(prompts=2, group_size=4, prompt_tokens=24, new_tokens=5, rows=4, micro_batch=4, repetitions=1)
 STEPS = 3
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_models import QWEN3
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.models.config import ModelConfig
@@ -14,24 +15,7 @@ from agentark_jax.models.weights import save_pretrained
 from benchmarks import overhead_sides, overheads, run
 from benchmarks.overheads import Sizes
 
-RAW = {
-    "model_type": "qwen3",
-    "vocab_size": 97,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "max_position_embeddings": 128,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-}
+RAW = {**QWEN3, "vocab_size": 97, "tie_word_embeddings": True}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,27 @@ from agentark_jax.models.weights import save_pretrained
 _hidden = jax.jit(transformer.hidden_states, static_argnums=0)
 
 
+QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "max_position_embeddings": 128,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+"""The `config.json` of a tiny Qwen3 with a head of its own."""
+
+
 def write_model(directory: Path, vocabulary: int, **changes: Any) -> Path:
     """A model with large random weights, so that what it says depends on what it was told; `changes` of its shape."""
     shape = {"hidden_size": 32, "layers": 2, "head_dim": 8, "intermediate_size": 48, **changes}

@@ -130,23 +130,11 @@ def whole_sequences(
     for layer_type in sorted(set(config.layer_types)):
         backend, window = plan.backend(layer_type), _window(config, layer_type, length)
         if backend == "xla":
-            attends[layer_type] = partial(_in_blocks, segment_ids, window)
+            attends[layer_type] = partial(blocked, segment_ids, window)
         else:
             kernel = partial(_KERNELS[backend], window=window, interpret=plan.interpret)
             attends[layer_type] = partial(_on_each_device, kernel, segment_ids)
     return attends
-
-
-def _in_blocks(
-    segment_ids: Int[Array, "B T"] | None,
-    window: int | None,
-    query: Float[Array, "B T N H"],
-    key: Float[Array, "B K T H"],
-    value: Float[Array, "B K T H"],
-    scale: float,
-    softcap: float | None,
-) -> Float[Array, "B T N H"]:
-    return blocked(query, key, value, segment_ids, scale, softcap, window)
 
 
 def dense(

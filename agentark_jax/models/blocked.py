@@ -30,28 +30,28 @@ class _Seen(NamedTuple):
     sums: tuple[tuple[Float[Array, "B K M 1"], Float[Array, "B K M 1"]], ...]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@partial(jax.custom_vjp, nondiff_argnums=(1, 5, 6))
 def blocked(
+    segment_ids: Int[Array, "B T"] | None,
+    window: int | None,
     query: Float[Array, "B T N H"],
     key: Float[Array, "B K T H"],
     value: Float[Array, "B K T H"],
-    segment_ids: Int[Array, "B T"] | None,
     scale: float,
     softcap: float | None,
-    window: int | None,
 ) -> Float[Array, "B T N H"]:
     """What `attention.dense` computes of whole rows with the mask `causal_mask`; scores and sums in float32."""
-    return _forward(query, key, value, segment_ids, scale, softcap, window)[0]
+    return _forward(segment_ids, window, query, key, value, scale, softcap)[0]
 
 
 def _forward(
+    segment_ids: Array | None,
+    window: int | None,
     query: Array,
     key: Array,
     value: Array,
-    segment_ids: Array | None,
     scale: float,
     softcap: float | None,
-    window: int | None,
 ) -> tuple[Array, _Seen]:
     mixed, sums = [], []
     for block, seen in _blocks(query.shape[1], window):
@@ -68,8 +68,8 @@ def _forward(
 
 
 def _backward(
-    scale: float, softcap: float | None, window: int | None, saved: _Seen, cotangent: Array
-) -> tuple[Array, Array, Array, None]:
+    window: int | None, scale: float, softcap: float | None, saved: _Seen, cotangent: Array
+) -> tuple[None, Array, Array, Array]:
     query, key, value, segment_ids, sums = saved
     of_query = []
     of_key, of_value = jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
@@ -88,7 +88,7 @@ def _backward(
         of_query.append(ungrouped(_product("bkms,bksh->bkmh", of_scores, key[:, :, seen]), query.shape[2]))
         of_key = of_key.at[:, :, seen].add(_product("bkms,bkmh->bksh", of_scores, rows))
     whole = jnp.concatenate(of_query, axis=1).astype(query.dtype)
-    return whole, of_key.astype(key.dtype), of_value.astype(value.dtype), None
+    return None, whole, of_key.astype(key.dtype), of_value.astype(value.dtype)
 
 
 blocked.defvjp(_forward, _backward)
