@@ -1,10 +1,11 @@
 """One optimizer step of fine-tuning on traces with the lengths of real debates, against TRL and Tunix.
 
-Same weights, traces, batch, loss tokens (all completions, no prompt) and fp32; each side recomputes what is fastest for
-it. Tokens per second count real tokens, padding is none. Ours packs traces into rows; TRL divides the batch as `Case.trl`
-says: short traces in one row, which was fastest here, long ones one at a time, which pads nothing and was not compared
-(`sft_ways` does that); Tunix pads. The floor is the counted FLOPs of the traces (see `flops`) at the rates of matrix
-products of the two main shapes, and what AdamW reads and writes at the bandwidth, measured in the same round.
+Same weights, traces, batch, loss tokens (all completions, no prompt) and fp32; each side recomputes what is fastest
+for it. Tokens per second count real tokens, padding is none. Ours packs traces into rows. TRL divides the batch as
+`Case.trl` says: short traces in one row, which was fastest here; long ones one at a time, which pads nothing and was
+not compared (`sft_ways` does that). Tunix pads. The floor is the counted FLOPs of the traces (see `flops`) at the
+rates of matrix products of the two main shapes, and what AdamW reads and writes at the bandwidth, measured in the
+same round.
 
 Sides that do not fit into memory together run one after the other: their ratios are then of rounds minutes apart.
 """

@@ -1,9 +1,9 @@
 """TRL's sides of the fine-tuning benchmarks: its SFTTrainer as it is, on traces that are tokenised already.
 
-Settings, those documented to be fast and sound on a CPU: the `nll` loss (the head sees only tokens with loss, in tiles), fused AdamW,
-no gradient checkpointing unless memory is what is compared, no progress bar, no reports. How a batch is divided is in
-the setup: `per_device` traces at a time, padded to the longest or, with `padding_free`, behind one another in one row
-(transformers keeps them apart by their positions, which equal losses confirm).
+Settings, those documented to be fast and sound on a CPU: the `nll` loss (the head sees only tokens with loss, in
+tiles), fused AdamW, no gradient checkpointing unless memory is what is compared, no progress bar, no reports. How a
+batch is divided is in the setup: `per_device` traces at a time, padded to the longest or, with `padding_free`, behind
+one another in one row (transformers keeps them apart by their positions, which equal losses confirm).
 """
 
 import queue

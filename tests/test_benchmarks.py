@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from agentark_jax.models.transformer import param_shapes
 from agentark_jax.models.weights import load_params, save_pretrained
 from agentark_jax.tasks.config import TaskConfig
 from agentark_jax.tasks.word_problems import WordProblems
-from benchmarks import compile_time, dry_runs, engine_client, generation, results, run
+from benchmarks import compile_time, dry_runs, engine_client, generation, peers, results, run
 from benchmarks.inputs import prompts
 from benchmarks.workers import ROOT, Side, Worker, interleaved
 
@@ -384,3 +385,26 @@ def test_what_cannot_be_run_is_refused(tmp_path, capsys):
     results.write(make_result(), tmp_path)
     assert run.main(["--table", "--quick", "--results", str(tmp_path)]) == 0
     assert capsys.readouterr().out.startswith("### Title\n")
+
+
+def test_tables_are_of_quick_results_or_of_full_ones_and_of_one_benchmark(tmp_path: Path):
+    for name in ("sft.short", "sft_epoch", "sft"):
+        for quick in (False, True):
+            results.write(replace(make_result(), benchmark=name, quick=quick), tmp_path)
+    for quick in (False, True):
+        found = results.paths_of(tmp_path, "sft", quick)
+        assert found == sorted(results.path_of(tmp_path, name, quick) for name in ("sft", "sft.short"))
+
+
+def test_an_environment_half_made_or_of_other_versions_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(peers, "PLACE", tmp_path)
+    with pytest.raises(UsageError, match=r"no environment of trl yet; make it by: python -m benchmarks\.peers trl"):
+        peers.python("trl")
+    marker = tmp_path / "trl" / "requirements.txt"
+    marker.parent.mkdir()
+    marker.write_text("\n".join(peers.REQUIREMENTS["trl"]) + "\n")
+    assert peers.python("trl") == str(tmp_path / "trl" / "bin" / "python")
+    marker.write_text("trl==0.1\n")
+    with pytest.raises(UsageError, match="no environment of trl yet"):
+        peers.python("trl")
+    assert peers.main(["none"]) == UsageError.exit_code
