@@ -224,6 +224,8 @@ def test_the_alarm_ends_a_policy_that_games_its_reward(finished, tmp_path):
         *("--rl.rewards.coefficients", '{"greedy_rewards:longer": 1.0, "verifiable": 0.0}'),
         *("--rl.alarms.action", "rollback", "--rl.alarms.length_ratio", "1.3", "--rl.alarms.patience", "2"),
         *("--rl.alarms.truncated", "0.3"),
+        # what else goes wrong on the way depends on the last digits: these two are to be seen
+        *(part for name in ("kl", "entropy_fall", "step_ratio") for part in (f"--rl.alarms.{name}", "null")),
     )
     shown = complete(tmp_path, *options, PYTHONPATH=f"{tmp_path}:{ROOT}")
     found = counts(tmp_path / NAME, "vr")
