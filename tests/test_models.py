@@ -21,7 +21,10 @@ from agentark_jax.models import transformer
 from agentark_jax.models.attention import dense
 from agentark_jax.models.config import ModelConfig, Remat, Rope, load_config
 from agentark_jax.models.layers import Block, rotation_table
+from agentark_jax.models.sharding import on_mesh
 from agentark_jax.models.weights import load_params, save_pretrained, weights_fingerprint
+from agentark_jax.training.config import MeshConfig
+from agentark_jax.training.mesh import make_mesh
 
 torch = pytest.importorskip("torch")
 with warnings.catch_warnings():
@@ -125,6 +128,23 @@ def test_remat_changes_memory_only(gemma: Case, kind: Remat) -> None:
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
         assert np.abs(a).max() > 0
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(np.abs(a).max()))
+
+
+def test_layers_are_recomputed_in_turn_on_cpu(gemma: Case) -> None:
+    """The gradients are those of `jax.checkpoint`, which recomputes several layers at a time there."""
+    ids, mesh = gemma.ids[:, :256], make_mesh(MeshConfig())
+    segments = np.where(np.arange(256) < 100, 1, 2)[None].repeat(2, 0)
+    positions = np.where(segments == 1, np.arange(256), np.arange(256) - 100)
+
+    def loss(params: transformer.Params) -> jax.Array:
+        h = transformer.hidden_states(gemma.config, params, ids, positions, segments, "full")
+        return jnp.sum(jnp.square(h))
+
+    at_once = jax.jit(jax.grad(loss))(gemma.params)
+    with on_mesh(mesh):
+        in_turn = jax.jit(jax.grad(loss))(gemma.params)
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_turn), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(np.abs(a).max()))
 
 
 def test_packed_and_padded_rows_equal_separate_ones(case: Case) -> None:

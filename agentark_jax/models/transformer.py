@@ -35,7 +35,7 @@ from agentark_jax.models.layers import (
     normal_param,
     rotation_table,
 )
-from agentark_jax.models.sharding import activation
+from agentark_jax.models.sharding import activation, traced_platform
 
 # Of more hidden states than these all scores take longer to be transposed than to be computed in the other order.
 _FEW_ROWS = 48
@@ -68,10 +68,11 @@ class Transformer(nnx.Module):
         dtype: jax.typing.DTypeLike,
         attention: AttentionPlan,
     ) -> Float[Array, "B T D"]:
-        rotations = rotation_table(self.config, positions, dtype)
-        attends = whole_sequences(self.config, ids.shape[1], segment_ids, attention)
+        shared = rotation_table(self.config, positions, dtype), segment_ids
 
-        def one(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
+        def one(graph: nnx.GraphDef, x: jax.Array, state: Any, shared: Any) -> jax.Array:
+            rotations, segment_ids = shared
+            attends = whole_sequences(self.config, ids.shape[1], segment_ids, attention)
             return nnx.merge(graph, _cast_matrices(state, dtype))(x, rotations, attends)[0]
 
         one = _recomputed(one, remat)
@@ -79,7 +80,7 @@ class Transformer(nnx.Module):
         def through(graph: nnx.GraphDef, x: jax.Array, state: Any) -> jax.Array:
             for block in nnx.merge(graph, state).values():
                 graph, state = nnx.split(block)
-                x = one(graph, x, state)
+                x = one(graph, x, state, shared)
             return x
 
         x = activation(embed(self.config, self.embedding[...], ids).astype(dtype), "residual")
@@ -100,7 +101,9 @@ def _cast_matrices(state: Any, dtype: jax.typing.DTypeLike) -> Any:
 
 
 def _recomputed(layer: Callable[..., jax.Array], remat: Remat) -> Callable[..., jax.Array]:
-    """`layer(static graph, x, state)`, of whose activations the backward pass recomputes what `remat` says."""
+    """`layer(static graph, x, state, shared)`, of whose activations the backward pass recomputes what `remat` says."""
+    if remat == "full" and traced_platform() == "cpu":
+        return _recomputed_in_turn(layer)
     policies = jax.checkpoint_policies
     kept = {
         "none": policies.everything_saveable,
@@ -109,6 +112,30 @@ def _recomputed(layer: Callable[..., jax.Array], remat: Remat) -> Callable[..., 
         "full": policies.nothing_saveable,
     }[remat]
     return jax.checkpoint(layer, policy=kept, static_argnums=0)
+
+
+def _recomputed_in_turn(layer: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The whole layer recomputed from its input, and not before its cotangent is there.
+
+    `jax.checkpoint` asks for this with a barrier, which XLA's CPU backend drops before it orders the work: it starts to
+    recompute all layers of a scan's body at once. What waits here is an input that a product of the cotangent is added
+    to, which is zero where the gradient is finite at all.
+    """
+
+    @partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def recomputed(graph: nnx.GraphDef, x: jax.Array, state: Any, shared: Any) -> jax.Array:
+        return layer(graph, x, state, shared)
+
+    def forward(graph: nnx.GraphDef, x: jax.Array, state: Any, shared: Any) -> tuple[jax.Array, Any]:
+        return layer(graph, x, state, shared), (x, state, shared)
+
+    def backward(graph: nnx.GraphDef, saved: Any, cotangent: jax.Array) -> tuple[jax.Array, Any, None]:
+        x, state, shared = saved
+        _, pullback = jax.vjp(lambda x, state: layer(graph, x, state, shared), x + 0 * cotangent, state)
+        return (*pullback(cotangent), None)
+
+    recomputed.defvjp(forward, backward)
+    return recomputed
 
 
 @lru_cache(maxsize=32)
