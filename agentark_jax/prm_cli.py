@@ -363,9 +363,15 @@ def _tell(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
                 interval = words.interval(gain.low, gain.high, signed=True) or "not known"
                 text = f"F1, {model} over {who}: {words.points(gain.difference)} points, 95 % interval {interval}"
                 console.print(Text(text))
-    gains = {who: {model: each and asdict(each) for model, each in found.items()} for who, found in over.items()}
-    figures = {"questions": questions, "threshold": threshold, "first_errors": _figures(compared), "model_over": gains}
-    return figures
+    return {
+        "questions": questions,
+        "threshold": threshold,
+        "first_errors": _figures(compared),
+        **{
+            key: {who: {model: each and asdict(each) for model, each in found.items()} for who, found in all_of.items()}
+            for key, all_of in (("model_over", over), ("f1_over", gained))
+        },
+    }
 
 
 def _figures(compared: Mapping[str, Found]) -> dict[str, Any]:
