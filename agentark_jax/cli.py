@@ -138,6 +138,7 @@ commands:
   report     results.json, report.html and summary.md of a finished run, from what its directory holds
   sweep      a grid of configurations: its runs, and tables of what they came to
   traces     a run's trace store: what was said and what it cost; export, merge, verify
+  mirror     a copy of a run directory in object storage, from which a run goes on on another machine
   prm        process reward models: trained from published labels; steps scored and first errors found; how far sources
              of step labels agree
   logits     a model's logits for an array of token ids, to compare with any other implementation
@@ -177,6 +178,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             from agentark_jax.traces_cli import traces
 
             return traces(rest)
+        if command == "mirror":
+            from agentark_jax.mirror import mirror
+
+            return mirror(rest)
         if command == "prm":
             from agentark_jax.prm_cli import prm
 

@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # What each host of a slice does, in the home directory where tpu_slice.sh has put `agentark/` and `run.yaml`: mounts the
-# runs, installs the package, names the other hosts, runs.
+# runs, or fetches their copy, installs the package, names the other hosts, runs.
 #
-#   agentark/launch/tpu_host.sh DISK [options of agentark run …]      DISK as in tpu_slice.sh
+#   agentark/launch/tpu_host.sh DISK PART [options of agentark …]      DISK and PART as in tpu_slice.sh
 set -euo pipefail
 
 sudo mkdir -p /runs
-if [[ "$1" == *:* ]]; then
+extra=tpu
+if [[ "$1" == gs://* ]]; then
+  extra=tpu,gs
+elif [[ "$1" == *:* ]]; then
   sudo apt-get install -qqy nfs-common
   sudo mount -t nfs "$1" /runs
 else
@@ -16,7 +19,7 @@ else
 fi
 sudo chown "$USER" /runs
 python3 -m venv venv
-venv/bin/pip install -q './agentark[tpu]'
+venv/bin/pip install -q "./agentark[$extra]"
 
 attribute() {
   curl -sf -H 'Metadata-Flavor: Google' "http://metadata.google.internal/computeMetadata/v1/instance/attributes/$1"
@@ -31,4 +34,8 @@ if [[ "$hosts" == *,* ]]; then
   export JAX_COORDINATOR_ADDRESS="${first##*:}:8476" JAX_NUM_PROCESSES="$((${#commas} + 1))" JAX_PROCESS_ID
 fi
 cd agentark
-exec ../venv/bin/agentark run --config ../run.yaml --root /runs "${@:2}"
+command=(../venv/bin/agentark "$2" --config ../run.yaml --root /runs "${@:3}")
+if [[ "$1" == gs://* ]]; then
+  command=(../venv/bin/agentark mirror keep /runs "$1" -- "${command[@]}")
+fi
+exec "${command[@]}"

@@ -8,19 +8,23 @@
 # PROJECT, ZONE   of Google Cloud; the zone must offer the type
 # DISK            a disk in that zone that keeps the runs; it outlives the slices and is formatted if it is empty. Make it
 #                 once: gcloud compute disks create DISK --size 500GB --type pd-balanced (v6e: hyperdisk-balanced)
-#                 Several hosts cannot share a disk: give an NFS share (Filestore) as ADDRESS:/NAME
-# TYPE            v5litepod-8 (default; `agentark fit --dry-run` calls it v5e-8), v6e-8 and v5p-8 have one host, larger ones
+#                 Or gs://BUCKET/FOLDER: the runs are on the host's own disk and a copy of them is kept there (`agentark
+#                 mirror`). Several hosts can share neither: give an NFS share (Filestore) as ADDRESS:/NAME
+# PART            the command of agentark: run (default), warm-start, debate, select, fit, attribute
+# TOPOLOGY        v5e-8 by default, as `agentark fit --dry-run` calls it; v5e-4, v6e-8 and v5p-8 have one host, larger ones
 #                 several
-# RUNTIME         the type's software version: v2-alpha-tpuv5-lite (default), v2-alpha-tpuv6e, v2-alpha-tpuv5
+# RUNTIME         software version; that of the generation by default
 # NAME            of the queued resource and its node, agentark by default
 # SPOT            yes (default): cheaper, can be preempted; no: on demand
 # ATTEMPTS        how many slices to ask for in a row, 20 by default
 #
-# Cost: chips × hours from ACTIVE until the slice is deleted, idle or not, and the disk until you delete it. The slice is
-# deleted when the run ends or fails and when this script is interrupted; after `kill -9` or a lost machine delete it by
-# hand. Quota: chips of this generation in the region, preemptible ones where SPOT=yes.
-# Needs gcloud, signed in, with the TPU API enabled and ssh to the hosts allowed. Files that the config names (task.path)
-# must be on the disk; a second config, as in `--config configs/lora.yaml`, is one of this repository. Verified: the dry run and the messages; no slice was ever created with this script.
+# Cost: chips × hours from ACTIVE until the slice is deleted, idle or not, and the disk, share or bucket until you delete it.
+# The slice is deleted when the run ends or fails and when this script is interrupted; after `kill -9` or a lost machine
+# delete it by hand. Quota: chips of this generation in the region, preemptible ones where SPOT=yes.
+# Needs gcloud, signed in, with the TPU API enabled and ssh to the hosts allowed; for a bucket the hosts' service account
+# must be allowed to write to it. Files that the config names (task.path) must be on the disk; a second config, as in
+# `--config configs/lora.yaml`, is one of this repository. Verified: the dry run and the messages, and what a host does with
+# stand-ins for the cloud's commands; no slice was ever created with this script.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -29,8 +33,18 @@ source "$(dirname "$0")/common.sh"
 read_arguments "$@"
 require PROJECT ZONE DISK
 require_config configs/qwen3_1.7b.yaml
-type="${TYPE:-v5litepod-8}"
-runtime="${RUNTIME:-v2-alpha-tpuv5-lite}"
+topology="${TOPOLOGY:-v5e-8}"
+read_topology "$topology"
+case "$topology" in
+  v5e-*) runtime=v2-alpha-tpuv5-lite ;;
+  v6e-*) runtime=v2-alpha-tpuv6e ;;
+  *) runtime=v2-alpha-tpuv5 ;;
+esac
+runtime="${RUNTIME:-$runtime}"
+if ((hosts > 1)); then
+  [[ "$dry_run" == yes && "$DISK" == DISK || "$DISK" == *:/[!/]* ]] ||
+    fail "$topology has $hosts hosts, which cannot share DISK ($DISK); give an NFS share as ADDRESS:/NAME."
+fi
 name="${NAME:-agentark}"
 attempts="${ATTEMPTS:-20}"
 require_positive ATTEMPTS "$attempts"
@@ -44,7 +58,7 @@ if [[ "$DISK" != *:* ]]; then
 fi
 where=(--project "$PROJECT" --zone "$ZONE")
 repository="$(cd "$(dirname "$0")/.." && pwd)"
-printf -v on_host ' %q' "$DISK" "${options[@]}"
+printf -v on_host ' %q' "$DISK" "${PART:-run}" "${options[@]}"
 on_host="mkdir agentark && tar -xzf agentark.tar.gz -C agentark && bash agentark/launch/tpu_host.sh$on_host"
 
 create() {
