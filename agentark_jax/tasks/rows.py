@@ -12,6 +12,7 @@ from typing import Any
 from agentark_jax.errors import AgentArkError, UsageError
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_LARGEST_EXPONENT = 400  # of a number with a decimal point; those of float64 are smaller
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _document(file: str, content: bytes) -> Iterator[Row]:
 def _parse(content: bytes, where: str) -> Any:
     try:
         # The literal is kept: "0.10" must not pass through binary floating point.
-        return json.loads(content.decode("utf-8"), parse_float=Decimal)
+        return json.loads(content.decode("utf-8"), parse_float=_decimal)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8."
@@ -129,6 +130,17 @@ def _parse(content: bytes, where: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not usable JSON ({error}); write one flat object per line.") from error
+
+
+def _decimal(literal: str) -> Decimal:
+    """Raises ValueError for a number that takes for ever to write out, such as 1e999999999."""
+    try:
+        value = Decimal(literal)
+    except ArithmeticError:
+        value = Decimal("Infinity")
+    if not value.is_finite() or abs(value.adjusted()) > _LARGEST_EXPONENT:
+        raise ValueError(f"the number {literal[:40]} is out of range")
+    return value
 
 
 def _parquet(path: Path, key: str) -> Iterator[Row]:
