@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -119,7 +120,7 @@ def _document(file: str, content: bytes) -> Iterator[Row]:
 def _parse(content: bytes, where: str) -> Any:
     try:
         # The literal is kept: "0.10" must not pass through binary floating point.
-        return json.loads(content.decode("utf-8"), parse_float=_decimal)
+        return json.loads(content.decode("utf-8"), parse_float=_decimal, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8."
@@ -130,6 +131,15 @@ def _parse(content: bytes, where: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not usable JSON ({error}); write one flat object per line.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that stands twice: nobody knows which of its values is meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:40]!r} stands twice")
+    return values
 
 
 def _decimal(literal: str) -> Decimal:
