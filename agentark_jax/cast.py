@@ -13,14 +13,14 @@ from agentark_jax.data.chat import make_format
 from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.render import Format, Layout
 from agentark_jax.data.tokenizer import Tokenizer
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.generation import Model, Seat
 from agentark_jax.models import transformer
 from agentark_jax.models.config import load_config
 from agentark_jax.models.gguf import resolve_model
 from agentark_jax.models.weights import weights_fingerprint
 from agentark_jax.protocols.config import AgentConfig
-from agentark_jax.stages import Manifest
+from agentark_jax.stages import MANIFEST, Manifest
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,21 @@ class Cast:
 def model_directory(stage: Manifest) -> Path:
     """Where the model of a stage lies; absolute where it is not the stage's own."""
     return stage.directory / stage.counts["location"]
+
+
+def check_found(stage: Manifest) -> None:
+    """Raises AgentArkError where a model that lies outside the run is not any more what it was when it was found.
+
+    Those that a stage made are compared by it, file by file (`stages.Run`).
+    """
+    directory = model_directory(stage)
+    if directory.is_relative_to(stage.directory):
+        return
+    if weights_fingerprint(directory) != stage.counts["revision"]:
+        raise AgentArkError(
+            f"{directory}: the config, weights or tokenizer there are not those that this run began with. Restore "
+            f"them, or choose another --name; {stage.directory / MANIFEST} has the hash of what they were."
+        )
 
 
 def find_model(source: str, prompt: PromptConfig, *, weights: bool = True) -> tuple[Model, dict[str, Any]]:

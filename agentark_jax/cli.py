@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 something failed while running, 2 the request cannot be ca
 
 import argparse
 import re
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -158,6 +160,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
         return 0 if arguments else UsageError.exit_code
     command, *rest = arguments
     try:
+        _end_by_sigterm()
         if command == "run":
             return _run(rest, prog or "agentark run", DESCRIPTION)
         if command in ("warm-start", "select"):
@@ -202,6 +205,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     except KeyboardInterrupt:
         print("interrupted: nothing is lost, run the same command again to continue.", file=sys.stderr)
         return 130
+
+
+def _end_by_sigterm() -> None:
+    """SIGTERM ends the command as an interrupt does: workers that it started end too, and locks are let go of."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _run(

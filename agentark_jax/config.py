@@ -17,7 +17,7 @@ from agentark_jax.data.config import PromptConfig
 from agentark_jax.data.weighting import ANSWER, COMPLETION, REASONING
 from agentark_jax.engines import config as engines
 from agentark_jax.engines.config import EngineConfig
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import UsageError, redacted
 from agentark_jax.evaluation.config import (
     SUITES,
     AccuracyConfig,
@@ -467,7 +467,9 @@ def _parse(
         _check_nulls(namespace, group)
         check(namespace)
         values = parser.instantiate(namespace)
-        return group(**{name: values[name] for name in get_type_hints(group)}), namespace["update"]
+        config = group(**{name: values[name] for name in get_type_hints(group)})
+        _check_secrets(config)
+        return config, namespace["update"]
     except UsageError as error:
         raise UsageError(_located(str(error), arguments)) from error
 
@@ -508,6 +510,17 @@ def _check_nulls(namespace: Namespace, group: type, prefix: str = "") -> None:
             raise UsageError(f"{prefix}{name}: null is not possible here, give a value of {wanted.__name__}")
         if is_dataclass(wanted) and isinstance(wanted, type):
             _check_nulls(value, wanted, f"{prefix}{name}.")
+
+
+def _check_secrets(config: Any) -> None:
+    """A configuration is kept with its run, and shown in the report."""
+    for key, value in flat(as_dict(config)).items():
+        if any(redacted(text) != text for text in map(str, value if isinstance(value, list) else [value])):
+            raise UsageError(
+                f"{key}: holds a secret (a user in an address, a key), which would be kept with the run and shown in "
+                "its report. Leave it out: tokens are taken from the environment (AGENTARK_SGLANG_TOKEN, "
+                "AGENTARK_OPENAI_TOKEN, HF_TOKEN)."
+            )
 
 
 def _check_parts(namespace: Namespace) -> None:

@@ -12,6 +12,7 @@ from agentark_jax.engines.config import EngineConfig
 from agentark_jax.engines.local import LocalEngine
 from agentark_jax.engines.openai import OpenAIEngine
 from agentark_jax.engines.sglang import SGLangEngine
+from agentark_jax.errors import memory_for
 from agentark_jax.models import transformer, weights
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.progress import Bar, Display
@@ -75,6 +76,11 @@ class Generation:
         self._held.clear()
         release_memory()
 
+    @memory_for(
+        "generation",
+        "Lower engine.slots or engine.context, set engine.cache_dtype: bfloat16, or name engine.servers. What was "
+        "said is kept: the same command goes on",
+    )
     def ask(
         self,
         work: Work,

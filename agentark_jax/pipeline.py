@@ -28,7 +28,7 @@ from agentark_jax.asking import (
     keep_keys,
     keep_predictions,
 )
-from agentark_jax.cast import Agents, Cast, identity, model_directory, size
+from agentark_jax.cast import Agents, Cast, check_found, identity, model_directory, size
 from agentark_jax.checks import check_fits, check_lengths
 from agentark_jax.config import RunConfig, as_dict
 from agentark_jax.data.render import (
@@ -1047,6 +1047,7 @@ class Pipeline:
     ) -> None:
         """Train the model of a stage on examples; the artefacts are the new model and the training's record."""
         self.generation.release()  # training needs the room
+        check_found(model)
         directory, revision = model_directory(model), model.counts["revision"]
         seed = self.seed if seed is None else seed
         job = Job(config, directory, revision, examples, validation, work.directory, seed)

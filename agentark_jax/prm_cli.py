@@ -81,7 +81,7 @@ FILE has JSON lines (.gz, .json, .parquet too) {{"question", "steps": [texts]}} 
 Steps are then cut as in training, so that one of yours may be several, or a part of one. OUT gets a line a solution:
 "steps", their probabilities "right", "first_error" (from 0, null for none), and where it is marked in which of your
 steps that is, "line", and where the first error truly is, "true_line". Solutions longer than the model takes are
-"skipped", as are marked ones that spell a control token, such as <eos>.
+"skipped", as are marked ones that the tokenizer changes, such as combining accents.
 
 Where first errors are marked (by the dataset, or by "first_error" beside "steps": a number from 0, or null if all are
 right) it prints, with Wilson's 95 % intervals, clustered by question: of wrong solutions the share whose first error is
@@ -111,7 +111,7 @@ resampled questions (bootstrap).
   agentark prm labels runs/lab --grader final_answer --speaker runs/lab/model --judge Qwen/Qwen3-0.6B --questions 50
 """
 OWN, FITTED = "own", "the model, threshold fitted"
-_OTHER_TEXT = "tokens do not say the text, which spells a control token or is changed by the tokenizer"
+_OTHER_TEXT = "tokens do not say the text, which the tokenizer changes"
 _MODEL = "a directory in Hugging Face format, or a hub id"
 
 

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -34,7 +35,11 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 
 @dataclass(frozen=True)
 class Artefact:
-    """A file of a finished stage. Files up to 16 MB are identified by content, larger ones by size."""
+    """A file of a finished stage.
+
+    Files up to 16 MB are compared by content whenever the stage is looked at; larger ones by size, and by content when
+    another stage is made from them. Those of older stages have no hash and are compared by size alone.
+    """
 
     path: str
     bytes: int
@@ -90,6 +95,7 @@ class Run:
         self._lent = tuple(lent)
         self._left = tuple(left)
         self.manifests: list[Manifest] = []
+        self._whole: set[Path] = set()  # stages whose large files were found to be what they were
 
     def produce(
         self,
@@ -120,6 +126,7 @@ class Run:
             if found is not None and found.fingerprint == fingerprint:
                 self._finish(found)
                 return found
+        self._check_whole([given for given in inputs.values() if isinstance(given, Manifest)])
         if directory.exists() and (own is not None or _begun_for(directory) != fingerprint):
             _remove(directory)
         directory.mkdir(parents=True, exist_ok=True)
@@ -146,6 +153,19 @@ class Run:
         (directory / BEGUN).unlink()
         self._finish(manifest)
         return manifest
+
+    def _check_whole(self, stages: Sequence[Manifest]) -> None:
+        """Raises AgentArkError for a large file that is not what it was when its stage was made, such as a model's."""
+        for stage in stages:
+            if not stage.reused or stage.directory in self._whole:
+                continue
+            large = [each for each in stage.artefacts if each.sha256 and each.bytes > _HASHED_BYTES]
+            with ThreadPoolExecutor() as threads:
+                found = threads.map(lambda each, at=stage.directory: _sha256(at / each.path), large)
+                for artefact, sha256 in zip(large, found, strict=True):
+                    if sha256 != artefact.sha256:
+                        raise _changed(stage.directory / artefact.path, stage.directory)
+            self._whole.add(stage.directory)
 
     def _take_over(self, stage: str, fingerprint: str) -> None:
         """Move a stage here that was finished, or else begun, in another directory for this fingerprint."""
@@ -229,7 +249,7 @@ def read_manifest(directory: Path, *, models: bool = True) -> Manifest | None:
     path = directory / MANIFEST
     if not path.exists():
         return None
-    fix = f"Delete {directory} and run again: it will be rebuilt from the stages before it."
+    fix = _fix(directory)
     try:
         stored = json.loads(path.read_text())
         artefacts = [Artefact(**artefact) for artefact in stored.pop("artefacts")]
@@ -244,9 +264,18 @@ def read_manifest(directory: Path, *, models: bool = True) -> Manifest | None:
             if not models and _MODELS.intersection(file.relative_to(directory).parts):
                 continue
             raise AgentArkError(f"{file}: missing, though {path} lists it. {fix}")
-        if file.stat().st_size != artefact.bytes or (artefact.sha256 and _sha256(file) != artefact.sha256):
-            raise AgentArkError(f"{file}: changed since {path} was written. {fix}")
+        small = artefact.bytes <= _HASHED_BYTES
+        if file.stat().st_size != artefact.bytes or (small and artefact.sha256 and _sha256(file) != artefact.sha256):
+            raise _changed(file, directory)
     return manifest
+
+
+def _changed(file: Path, directory: Path) -> AgentArkError:
+    return AgentArkError(f"{file}: changed since {directory / MANIFEST} was written. {_fix(directory)}")
+
+
+def _fix(directory: Path) -> str:
+    return f"Delete {directory} and run again: it will be rebuilt from the stages before it."
 
 
 def git_revision() -> str | None:
@@ -303,8 +332,7 @@ def _artefacts(directory: Path) -> list[Artefact]:
 
 
 def _artefact(path: Path, directory: Path) -> Artefact:
-    size = path.stat().st_size
-    return Artefact(str(path.relative_to(directory)), size, _sha256(path) if size <= _HASHED_BYTES else None)
+    return Artefact(str(path.relative_to(directory)), path.stat().st_size, _sha256(path))
 
 
 def _sha256(path: Path) -> str:

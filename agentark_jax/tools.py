@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import UsageError, memory_for
 from agentark_jax.files import atomic_path
 
 _MODEL = "a directory in Hugging Face format, a hub id such as Qwen/Qwen3-0.6B, or gguf:gemma3-270m"
@@ -52,6 +52,7 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}. `{self.prog} --help` lists the options.")
 
 
+@memory_for("logits", "Give shorter rows of ids, or --dtype bfloat16")
 def logits(arguments: Sequence[str]) -> None:
     """`agentark logits`. Raises UsageError for ids or a model that cannot be used, before the weights are read."""
     parser = Parser("agentark logits", _LOGITS)
@@ -120,6 +121,7 @@ def _check_ids(path: Path, ids: np.ndarray, vocabulary: int, positions: int) -> 
         )
 
 
+@memory_for("generate", "Lower --max_tokens or --samples")
 def generate(arguments: Sequence[str]) -> None:
     """`agentark generate`. Raises UsageError for arguments or a model that cannot be used."""
     parser = Parser("agentark generate", _GENERATE)

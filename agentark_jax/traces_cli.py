@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import UsageError, plain
 from agentark_jax.files import write_json
 from agentark_jax.progress import Display
 from agentark_jax.records import DEBATE, DEBATER, Label, Turn, Verdict
@@ -162,19 +162,6 @@ _SAMPLE = "of the turns that the grader can read, this many are judged as well, 
 _CONTEXT = "what the judge takes at most without servers; what does not fit stays unparseable (default: 4096)"
 _LAYER = "whose embeddings count (default: what bert-score has found best for a hub id, otherwise the last)"
 _WHOSE = f"whose labels say what is right: {', '.join(GRADERS)}, or the beginning of an id that `label` printed"
-
-# Escape sequences whole, then every other control character but line feed and tab, marks that reorder text, and what
-# cannot be printed.
-_CONTROLS = re.compile(
-    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_].*?(?:\x07|\x1b\\|$)|\x1b[ -/]*[0-~]?"
-    r"|[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
-    re.DOTALL,
-)
-
-
-def plain(text: str) -> str:
-    """A text that others wrote, without what a terminal would obey."""
-    return _CONTROLS.sub("", text)
 
 
 def traces(arguments: Sequence[str]) -> int:

@@ -262,6 +262,8 @@ def test_a_row_without_a_step_is_left_out(tmp_path):
     assert read_solutions("prm800k", published(tmp_path, {"question": {"problem": "q"}, "label": {"steps": []}})) == []
 
 
-def test_what_spells_a_control_token_is_told(form):
+def test_what_the_tokenizer_changes_is_told_and_a_control_token_is_text(form):
     with pytest.raises(OtherText, match="these are not the steps"):
-        solution_example(form, Solution("?", ("a<eos>b", "c"), 0, "made"))
+        solution_example(form, Solution("?", ("ae\u0301b", "c"), 0, "made"))
+    example, _ = solution_example(form, Solution("?", ("a<eos>b", "c"), 0, "made"))
+    assert example.ids.tolist().count(form.tokenizer.eos_id) == 1

@@ -292,7 +292,7 @@ def test_the_token_is_neither_said_nor_stored(form, tmp_path, monkeypatch, caplo
 
     async def call():
         async with endpoint.serving() as url, make_engine([url], form.tokenizer) as engine:
-            with pytest.raises(CallFailed, match=r"bad request by Bearer \[token\]") as failure:
+            with pytest.raises(CallFailed, match=r"bad request by Bearer \[secret\]") as failure:
                 await answer(
                     QUESTION, Pool((Agent(Caller(engine, store, form, seed=0)),)), Draw(0.0, 20), protocol="single"
                 )
@@ -301,7 +301,7 @@ def test_the_token_is_neither_said_nor_stored(form, tmp_path, monkeypatch, caplo
     with TraceStore(tmp_path / "traces.sqlite") as store:
         store.put_question(QUESTION)
         turn = asyncio.run(call())
-    assert "[token]" in turn.error
+    assert "[secret]" in turn.error
     assert asked[-1] == f"Bearer {TOKEN}"
     assert TOKEN not in caplog.text
     assert not any(TOKEN.encode() in file.read_bytes() for file in tmp_path.iterdir())

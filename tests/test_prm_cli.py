@@ -157,12 +157,13 @@ def test_rows_that_cannot_be_scored(model, tmp_path, capsys, row, message):
     assert message in capsys.readouterr().err
 
 
-def test_what_spells_a_control_token_is_skipped_where_it_is_marked(model, tmp_path, capsys):
-    row = {"question": "?", "steps": ["a<eos>b", "c"], "first_error": 0}
-    data, out = write(tmp_path / "data.jsonl", [*own_rows(1), row]), tmp_path / "out.jsonl"
+def test_what_the_tokenizer_changes_is_skipped_where_it_is_marked(model, tmp_path, capsys):
+    rows = [{"question": "?", "steps": [f"a{text}b", "c"], "first_error": 0} for text in ("<eos>", "e\u0301")]
+    data, out = write(tmp_path / "data.jsonl", rows), tmp_path / "out.jsonl"
     assert main(["prm", "score", "--model", str(model), "--data", str(data), "--out", str(out)]) == 0
-    _, skipped = read(out)
-    assert skipped["skipped"].startswith("tokens do not say the text, which spells a control token")
+    spelled, skipped = read(out)
+    assert len(spelled["steps"]) >= 2
+    assert skipped["skipped"].startswith("tokens do not say the text, which the tokenizer changes")
     printed = capsys.readouterr().out
     assert "1 solutions scored, 0 skipped as too long for the model, 1 because their tokens do not say" in printed
 

@@ -9,6 +9,7 @@ with the line break after it), the whole text encodes to other ids, but the mode
 """
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
@@ -23,6 +24,9 @@ from agentark_jax.records import Question, stable_hash
 _THINK_END = "</think>"
 # Stands for a completion while the template is rendered: private-use characters, which no template trims or changes.
 _MARK = "\ue0ff{}\ue0fe"
+# Stands for a text by others that spells a control token or a mark, so that it takes no part in ours.
+_HIDDEN = re.compile("\ue0fd([0-9a-f]*)\ue0fe")
+_MARKS = frozenset("\ue0fd\ue0fe\ue0ff")
 
 
 class ChatFormat:
@@ -73,7 +77,7 @@ class ChatFormat:
         self.hash = stable_hash(["chat", template.hash, system, texts, self.stop_ids, tokenizer.hash])
 
     def question(self, question: Question) -> Prompt:
-        return self._spoken(self._asked(question.prompt), [])
+        return self._spoken(self._asked(self._hidden(question.prompt)), [])
 
     def revision(
         self,
@@ -85,17 +89,18 @@ class ChatFormat:
         layout: Layout = OWN_FIRST,
     ) -> Prompt:
         numbers = layout.numbers(1 + len(peers))
-        revise = self.REVISE.format(question=question.asked)
+        asked, prompt = self._hidden(question.asked), self._hidden(question.prompt)
+        revise = self.REVISE.format(question=asked)
         if layout.shared_first and peers:
             listed, mine = layout.listed([own, *peers])
             title, whose = (self.NAMED, self.YOU_AMONG) if layout.named else (self.LISTED, self.YOURS)
             told = [title.format(number=number, answer=_MARK.format(place)) for place, (number, _) in enumerate(listed)]
             told += [self.EARLIER.format(answer=_MARK.format(len(listed) + place)) for place in range(len(earlier))]
-            told = [self.SHARED.format(question=question.prompt), *told, whose.format(number=mine), revise]
+            told = [self.SHARED.format(question=prompt), *told, whose.format(number=mine), revise]
             return self._spoken(self._asked("".join(told)), [*(ids for _, ids in listed), *earlier])
         owns = [*earlier, own]
-        alone = self.ALONE.format(question=question.asked)
-        messages = self._asked(question.prompt)
+        alone = self.ALONE.format(question=asked)
+        messages = self._asked(prompt)
         for place in range(len(owns)):
             messages += [_assistant(_MARK.format(place)), _user(alone)]
         if peers:
@@ -109,13 +114,14 @@ class ChatFormat:
         return self._spoken(messages, [*owns, *peers])
 
     def reply(self, question: Question, own: Sequence[int], text: str) -> Prompt:
-        messages = [*self._asked(question.prompt), _assistant(_MARK.format(0)), _user(text)]
+        asked = self._asked(self._hidden(question.prompt))
+        messages = [*asked, _assistant(_MARK.format(0)), _user(self._hidden(text))]
         return self._spoken(messages, [own])
 
     def instruction(self, parts: Sequence[Part]) -> Prompt:
         said = [part for part in parts if not isinstance(part, str)]
         marks = map(_MARK.format, range(len(said)))
-        text = "".join(part if isinstance(part, str) else next(marks) for part in parts)
+        text = "".join(self._hidden(part) if isinstance(part, str) else next(marks) for part in parts)
         return self._spoken(self._asked(text), said)
 
     def shown(self, completion: Sequence[int]) -> Segment:
@@ -135,14 +141,14 @@ class ChatFormat:
         """
         asked = [_user("?")]
         prompt = self._template.render(asked, reply=True)
-        answered = self._template.render([*asked, _assistant(text)], reply=False)
+        answered = self._template.render([*asked, _assistant(self._hidden(text))], reply=False)
         if not answered.startswith(prompt):
             raise UsageError(
                 f"{self._template.where}: writes an answer otherwise than it opens one, so a written answer cannot "
                 "follow a prompt. Set prompt.thinking to the mode the template writes answers for, or prompt.format to "
                 "plain."
             )
-        ids = self.tokenizer.encode(answered.removeprefix(prompt))
+        ids = self._encoded(answered.removeprefix(prompt))
         return ids[: len(ids) - ids[::-1].index(self._end)]
 
     def _asked(self, text: str) -> list[Message]:
@@ -156,8 +162,22 @@ class ChatFormat:
         segments: list[Segment] = []
         for place, ids in enumerate(completions):
             before, _, text = self._cut(text, _MARK.format(place))
-            segments += [self.tokenizer.encode(before), self.shown(ids)]
-        return (*segments, self.tokenizer.encode(text))
+            segments += [self._encoded(before), self.shown(ids)]
+        return (*segments, self._encoded(text))
+
+    def _hidden(self, text: str) -> str:
+        """A text by others as it may stand in a message: itself, unless it could be taken for something of ours."""
+        if self.tokenizer.spells_control(text) or not _MARKS.isdisjoint(text):
+            return f"\ue0fd{text.encode().hex()}\ue0fe"
+        return text
+
+    def _encoded(self, text: str) -> Segment:
+        """A part of a rendered conversation."""
+        ids: Segment = ()
+        encode, encode_text = self.tokenizer.encode, self.tokenizer.encode_text
+        for place, part in enumerate(_HIDDEN.split(text)):
+            ids += encode_text(bytes.fromhex(part).decode()) if place % 2 else encode(part)
+        return ids
 
     def _cut(self, text: str, mark: str) -> tuple[str, str, str]:
         if text.count(mark) != 1:

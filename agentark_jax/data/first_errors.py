@@ -56,7 +56,7 @@ def question_name(text: str) -> str:
 
 
 class OtherText(ValueError):
-    """Tokens do not say the text that they were made of: it spells a control token, or the tokenizer changes it."""
+    """Tokens do not say the text that they were made of: the tokenizer changes it."""
 
 
 class LineLabels(NamedTuple):

@@ -10,7 +10,7 @@ from agentark_jax.data.steps import answer_begins, cuts
 from agentark_jax.records import Question, stable_hash
 from agentark_jax.tasks.items import answered
 
-_NUMBER = re.compile(r"(?<![\w.])\d{1,3}(?:,\d{3})+(?![\d,])|(?<![\w.,])\d{1,12}(?!\w)")
+_NUMBER = re.compile(r"(?<![\w.])\d{1,3}(?:,\d{3}){1,20}(?![\d,])|(?<![\w.,])\d{1,12}(?!\w)")
 # The number of a step is none of its results.
 _NUMBERED = re.compile(r"\A[\s*#(]{0,9}(?:step\s)?\d{1,3}[.:)](?=\s)", re.I)
 

@@ -1,8 +1,9 @@
 """Questions, peers' answers and gold rationales as token ids: the one place where text becomes a prompt.
 
-A prompt is a sequence of *segments*. Text of our own is encoded once per segment; an earlier completion enters as the
-ids that were sampled, never decoded and encoded again. Models with a chat template have `data.chat`; the plain format
-is meant for base models without one:
+A prompt is a sequence of *segments*. Text is encoded once per segment; an earlier completion enters as the ids that
+were sampled, never decoded and encoded again. What others wrote may spell a control token, such as the end of a turn:
+it is text all the same. Models with a chat template have `data.chat`; the plain format is meant for base models without
+one:
 
     Question: ...
     Answer:
@@ -179,21 +180,23 @@ class PlainFormat:
         return (*segments, self.tokenizer.encode(last))
 
     def reply(self, question: Question, own: Sequence[int], text: str) -> Prompt:
-        told = self.tokenizer.encode(f"\n{text}{self.REVISE}")
+        told = self.tokenizer.encode_text(f"\n{text}{self.REVISE}")
         return (self._head(question), self.tokenizer.encode(self.OWN), self.shown(own), told)
 
     def instruction(self, parts: Sequence[Part]) -> Prompt:
-        first, *rest = [self.tokenizer.encode(part) if isinstance(part, str) else self.shown(part) for part in parts]
+        first, *rest = [
+            self.tokenizer.encode_text(part) if isinstance(part, str) else self.shown(part) for part in parts
+        ]
         return (self._beginning + first, *rest, self.tokenizer.encode("\n" + self.ANSWER))
 
     def shown(self, completion: Sequence[int]) -> Segment:
         return without(completion, self.stop_ids)
 
     def response(self, text: str) -> Segment:
-        return (*self.tokenizer.encode(self.RESPONSE.format(text=text)), self.tokenizer.eos_id)
+        return (*self.tokenizer.encode_text(self.RESPONSE.format(text=text)), self.tokenizer.eos_id)
 
     def _head(self, question: Question) -> Segment:
-        return self._beginning + self.tokenizer.encode(self.QUESTION.format(question=question.prompt))
+        return self._beginning + self.tokenizer.encode_text(self.QUESTION.format(question=question.prompt))
 
 
 def without(ids: Sequence[int], dropped: Sequence[int]) -> Segment:

@@ -109,11 +109,35 @@ class Tokenizer:
         return content
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text; special tokens are those that it spells, none are added.
+        """Token ids of a text of ours; special tokens are those that it spells, none are added.
 
         Raises AgentArkError for a text that spells a token without an embedding.
         """
-        ids = tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._with_rows(self._ids(self._tokenizer, text))
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that others wrote: a control token that it spells is text, and ends no turn.
+
+        Where it spells none they are those of `encode`. Raises as that.
+        """
+        return self._with_rows(self._ids(self._of_text if self.spells_control(text) else self._tokenizer, text))
+
+    def spells_control(self, text: str) -> bool:
+        """Whether control tokens are among those that a text spells."""
+        return any(map(self.is_special, self._ids(self._tokenizer, text)))
+
+    @cached_property
+    def _of_text(self) -> tokenizers.Tokenizer:
+        """The tokenizer without an eye for control tokens; seldom needed, and large."""
+        found = tokenizers.Tokenizer.from_str(self.to_json())
+        found.encode_special_tokens = True
+        return found
+
+    @staticmethod
+    def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
+        return tuple(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _with_rows(self, ids: tuple[int, ...]) -> tuple[int, ...]:
         if not self._without_row.isdisjoint(ids):
             token = self._added[next(token for token in ids if token in self._without_row)].content
             raise AgentArkError(f"a text contains {token!r}, a token that the model has no embedding for: remove it.")

@@ -19,7 +19,7 @@ import aiohttp
 import tenacity
 
 from agentark_jax.engines.config import EngineConfig
-from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.errors import SECRET, AgentArkError, UsageError, plain, redacted
 
 # A text that tokenizers disagree about.
 PROBE = "Question: 12 + 7 = 19? Ünïcödé, «quotes» and\n\tspaces."
@@ -32,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 class ServerFault(Exception):
     """A failure of a server that may pass: no connection, a busy server, an answer that cannot be true."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(plain(message)))
 
 
 @dataclass
@@ -202,10 +205,10 @@ class Servers:
         return status, content
 
     def _shown(self, content: bytes, length: int = 300) -> str:
-        """The beginning of what a server says, printable and without the token."""
-        text = content.decode(errors="replace")
+        """The beginning of what a server says, printable and without the token, however short that is."""
+        text = redacted(content.decode(errors="replace"))
         if self._token:
-            text = text.replace(self._token, "[token]")
+            text = text.replace(self._token, SECRET)
         return "".join(letter if letter.isprintable() else " " for letter in text[:length])
 
     # Servers that fail and recover
@@ -243,7 +246,7 @@ class Servers:
 def _object(server: Server, path: str, content: bytes) -> dict[str, Any]:
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits, brackets in brackets without end
         raise ServerFault(f"{server.url}{path}: the answer is no JSON ({error})") from error
     if not isinstance(found, dict):
         raise ServerFault(f"{server.url}{path}: the answer is no object")

@@ -164,7 +164,16 @@ class LocalEngine:
         padded = np.zeros(bucket, np.int32)
         padded[: len(ids)] = ids
         found = _score(self._model_config, self._attends(bucket), self._params, padded, np.int32(len(ids)))
-        return np.asarray(found)[: len(ids) - 1]
+        return self._finite(np.asarray(found)[: len(ids) - 1])
+
+    def _finite(self, logprobs: np.ndarray) -> np.ndarray:
+        """Raises AgentArkError for log-probabilities that are none."""
+        if not np.isfinite(logprobs).all():
+            raise AgentArkError(
+                f"{self.model}: a log-probability is {logprobs[~np.isfinite(logprobs)][0]}: weights {self.weights} are "
+                "damaged, or what they compute overflows. Look for NaN in the model, or take its other checkpoint."
+            )
+        return logprobs
 
     async def generate(self, request: Request) -> Completion:
         """Sample one completion.
@@ -345,8 +354,12 @@ class LocalEngine:
                 running.constraint.advance(running.ids[-1])
             if not active[slot]:
                 del self._running[slot]
-                if not running.answer.cancelled():
+                if running.answer.cancelled():
+                    continue
+                try:
                     running.answer.set_result(self._completion(running))
+                except AgentArkError as error:
+                    running.answer.set_exception(error)
 
     def _allowed(self) -> np.ndarray | None:
         """A bit for each slot and token that may come next [S, W] int32; None where nothing is constrained."""
@@ -362,7 +375,7 @@ class LocalEngine:
     def _completion(self, running: _Running) -> Completion:
         return Completion(
             ids=np.asarray(running.ids, np.int32),
-            logprobs=np.asarray(running.logprobs, np.float32),
+            logprobs=self._finite(np.asarray(running.logprobs, np.float32)),
             text=self._tokenizer.decode(running.ids).strip(),
             finish="stop" if running.ids[-1] in running.request.sampling.stop_ids else "length",
             prompt_tokens=len(running.request.prompt_ids),

@@ -111,7 +111,7 @@ class OpenAIEngine:
         }
         started = time.monotonic()
         answer = await self._servers.call("/completions", body, self._believed)
-        said, finish = self._tokenizer.encode(answer.text), answer.finish
+        said, finish = self._tokenizer.encode_text(answer.text), answer.finish
         if finish == "stop":
             said += sampling.stop_ids[:1]
         if len(said) > sampling.max_tokens:

@@ -22,8 +22,9 @@ RATE = (
     "Then answer the question yourself." + CLOSING
 )
 RANK = '\n\nWhich two answers are the best? End with "The best are answers i and j", i and j their numbers.'
-_RATING = re.compile(r"\brating of answer (\d+): ([1-5])\b", re.I)
-_BEST = re.compile(r"\bbest are answers (\d+ and \d+)\b", re.I)
+# A number with thousands of digits is no answer's, and Python refuses to read it.
+_RATING = re.compile(r"\brating of answer (\d{1,4}): ([1-5])\b", re.I)
+_BEST = re.compile(r"\bbest are answers (\d{1,4} and \d{1,4})\b", re.I)
 
 
 @dataclass(frozen=True)

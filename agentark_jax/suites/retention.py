@@ -8,7 +8,7 @@ import numpy as np
 from rich.table import Table
 
 from agentark_jax.cast import find_model
-from agentark_jax.errors import UsageError
+from agentark_jax.errors import UsageError, memory_for
 from agentark_jax.evaluation.retention import (
     Span,
     Tokens,
@@ -83,6 +83,7 @@ def _find_base(bench: Bench, source: str) -> Model:
     return base
 
 
+@memory_for("retention", "Lower retention.questions, or leave retention out of suites")
 def _compared(base: Model, model: Model, spans: list[Span]) -> Tokens:
     """Only one model's parameters are there at a time: of the other its hidden states and its head are left."""
     states, readouts = [], []

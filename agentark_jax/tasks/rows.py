@@ -3,6 +3,7 @@
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -12,6 +13,7 @@ from typing import Any
 from agentark_jax.errors import AgentArkError, UsageError
 
 _GZIP_MAGIC = b"\x1f\x8b"
+_LARGEST_EXPONENT = 400  # of a number with a decimal point; those of float64 are smaller
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _document(file: str, content: bytes) -> Iterator[Row]:
 def _parse(content: bytes, where: str) -> Any:
     try:
         # The literal is kept: "0.10" must not pass through binary floating point.
-        return json.loads(content.decode("utf-8"), parse_float=Decimal)
+        return json.loads(content.decode("utf-8"), parse_float=_decimal, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{where}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8."
@@ -129,6 +131,26 @@ def _parse(content: bytes, where: str) -> Any:
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not usable JSON ({error}); write one flat object per line.") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a key that stands twice: nobody knows which of its values is meant."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key[:40]!r} stands twice")
+    return values
+
+
+def _decimal(literal: str) -> Decimal:
+    """Raises ValueError for a number that takes for ever to write out, such as 1e999999999."""
+    try:
+        value = Decimal(literal)
+    except ArithmeticError:
+        value = Decimal("Infinity")
+    if not value.is_finite() or abs(value.adjusted()) > _LARGEST_EXPONENT:
+        raise ValueError(f"the number {literal[:40]} is out of range")
+    return value
 
 
 def _parquet(path: Path, key: str) -> Iterator[Row]:

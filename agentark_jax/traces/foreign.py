@@ -52,7 +52,7 @@ def turns_of(debate: Debate, form: Format, model: str) -> Iterator[Turn]:
         for agent, text in enumerate(said):
             if text is None:
                 continue
-            ids = (*form.tokenizer.encode(text.strip()), form.stop_ids[0])
+            ids = (*form.tokenizer.encode_text(text.strip()), form.stop_ids[0])
             call = Call(
                 question_id=debate.question.id,
                 protocol=DEBATE,

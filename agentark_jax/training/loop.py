@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from agentark_jax.data.loader import PackedBatches, packed_batches, term_names
-from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.errors import AgentArkError, UsageError, memory_for
 from agentark_jax.files import atomic_path
 from agentark_jax.models import lora
 from agentark_jax.models.attention import AttentionPlan, kernel_platform
@@ -121,6 +121,12 @@ def _steps(config: FitConfig, batches: int) -> int:
     return batches if config.steps is None else min(batches, config.steps)
 
 
+@memory_for(
+    "training",
+    "Of this training's settings raise accumulation, lower rows or row_length, set remat: full or compute_dtype: "
+    "bfloat16, or train less (lora, freeze, last_layers); `agentark fit --dry-run` says what fits where. What was "
+    "saved is kept: the same command goes on",
+)
 def fit(
     config: FitConfig,
     model_config: ModelConfig,

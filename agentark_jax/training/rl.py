@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from agentark_jax.data.loader import pack_row
 from agentark_jax.data.packing import shuffled
-from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.errors import AgentArkError, UsageError, memory_for
 from agentark_jax.models import lora
 from agentark_jax.models.attention import AttentionPlan, kernel_platform
 from agentark_jax.models.config import ModelConfig
@@ -154,6 +154,11 @@ class Memory:
     """The last checkpoint at such a moment."""
 
 
+@memory_for(
+    "reinforcement",
+    "Lower rl.fit.rows, rl.fit.row_length or engine.slots, set rl.fit.remat: full or rl.fit.compute_dtype: bfloat16, "
+    "or train less (rl.fit.lora, rl.fit.freeze, rl.fit.last_layers). What was saved is kept: the same command goes on",
+)
 def learn(
     config: RLConfig,
     model_config: ModelConfig,

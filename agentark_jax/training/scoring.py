@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from agentark_jax.errors import AgentArkError
+from agentark_jax.errors import AgentArkError, memory_for
 from agentark_jax.models.attention import choose_attention, kernel_platform
 from agentark_jax.models.config import ModelConfig
 from agentark_jax.models.heads import Head, position_logits
@@ -21,6 +21,11 @@ from agentark_jax.training.mesh import local_rows, place_batch
 _SHORTEST = 32  # tokens of a row; shorter ones save nothing
 
 
+@memory_for(
+    "scoring steps",
+    "Score fewer tokens at once: --batch_tokens of `agentark prm score`, rl.fit.rows in a run; or take --dtype "
+    "bfloat16",
+)
 def score_steps(
     config: ModelConfig,
     params: Params,
