@@ -463,8 +463,8 @@ def _parse(
     )
     parser.add_class_arguments(group, None)
     try:
-        namespace = parser.parse_args(list(arguments))
-        _check_nulls(namespace, group)
+        namespace = _parsed(parser, arguments)
+        _check_groups(namespace, group)
         check(namespace)
         values = parser.instantiate(namespace)
         config = group(**{name: values[name] for name in get_type_hints(group)})
@@ -493,8 +493,8 @@ def parse_prm(
     parser.add_argument("--config", action="config", help="YAML file with any of the keys; later files and options win")
     parser.add_class_arguments(PRMRun, None)
     try:
-        namespace = parser.parse_args(list(arguments))
-        _check_nulls(namespace, PRMRun)
+        namespace = _parsed(parser, arguments)
+        _check_groups(namespace, PRMRun)
         _built(PRMConfig, namespace["prm"], "prm")
         values = parser.instantiate(namespace)
         return PRMRun(**{key: values[key] for key in PRMRun.__dataclass_fields__}), namespace
@@ -502,14 +502,24 @@ def parse_prm(
         raise UsageError(_located(str(error), arguments)) from error
 
 
-def _check_nulls(namespace: Namespace, group: type, prefix: str = "") -> None:
-    """The parser lets null pass for any key of a group that is given as a whole."""
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(list(arguments))
+    except UnicodeDecodeError as error:
+        raise UsageError(f"not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8") from error
+
+
+def _check_groups(namespace: Namespace, group: type, prefix: str = "") -> None:
+    """The parser lets null pass for any key of a group that is given as a whole, and any value for the group."""
     for name, wanted in get_type_hints(group).items():
         value = namespace[name]
         if value is None and type(None) not in get_args(wanted):
             raise UsageError(f"{prefix}{name}: null is not possible here, give a value of {wanted.__name__}")
         if is_dataclass(wanted) and isinstance(wanted, type):
-            _check_nulls(value, wanted, f"{prefix}{name}.")
+            if not isinstance(value, Namespace):
+                keys = ", ".join(get_type_hints(wanted))
+                raise UsageError(f"{prefix}{name}: {value!r} is not possible here, give some of the keys {keys}")
+            _check_groups(value, wanted, f"{prefix}{name}.")
 
 
 def _check_secrets(config: Any) -> None:

@@ -9,8 +9,8 @@ import json
 import logging
 import os
 import random
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -241,6 +241,15 @@ class Servers:
         )
         await tries(self._open, server)
         logger.warning("%s is healthy again", server.url)
+
+
+@contextmanager
+def must_have(server: Server) -> Iterator[None]:
+    """Makes a ServerFault of what goes wrong where an answer is not of the form that it must have."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ServerFault(f"{server.url}: the answer lacks what it must have ({error!r:.200})") from error
 
 
 def _object(server: Server, path: str, content: bytes) -> dict[str, Any]:

@@ -11,8 +11,7 @@ token at the start, and its count of the prompt shows it; prompts are then sent 
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ import numpy as np
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Request, check_request
 from agentark_jax.engines.config import EngineConfig
-from agentark_jax.engines.http import PROBE, Server, ServerFault, Servers
+from agentark_jax.engines.http import PROBE, Server, ServerFault, Servers, must_have
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.records import Completion
 
@@ -138,7 +137,7 @@ class OpenAIEngine:
 
     def _believed(self, server: Server, answer: Mapping[str, Any], body: Mapping[str, Any]) -> _Answer:
         """Raises ServerFault for an answer that cannot be one to this request."""
-        with _must_have(server):
+        with must_have(server):
             (choice,), usage = answer["choices"], answer["usage"]
             text, finish = choice["text"], choice["finish_reason"]
             text.encode()  # half a surrogate pair is no text
@@ -158,8 +157,8 @@ class OpenAIEngine:
         Raises UsageError for a server that will not do, ServerFault for one that fails meanwhile.
         """
         answer = await self._servers.get(server, "/models")
-        with _must_have(server):
-            models = {entry["id"]: entry.get("max_model_len") for entry in answer["data"]}
+        with must_have(server):
+            models = {str(entry["id"]): int(entry.get("max_model_len") or 0) for entry in answer["data"]}
         if self._served is None and len(models) == 1:
             (self._served,) = models
         if self._served not in models:
@@ -168,7 +167,7 @@ class OpenAIEngine:
                 + (f"not {self._served}: name one of these" if self._served else "so name the one to ask")
             )
         if limit := models[self._served]:
-            self._told = min(int(limit), self._told or int(limit))
+            self._told = min(limit, self._told or limit)
         await self._probe(server)
 
     async def _probe(self, server: Server) -> None:
@@ -177,7 +176,7 @@ class OpenAIEngine:
         ids = [*bos, *self._tokenizer.encode(PROBE)]
         body = {"model": self._served, "prompt": self._tokenizer.spell(ids), "max_tokens": 1}
         answer = await self._servers.post(server, "/completions", body)
-        with _must_have(server):
+        with must_have(server):
             counted = int(answer["usage"]["prompt_tokens"])
         adds_bos = bool(bos) and counted == len(ids) + 1
         if self._adds_bos not in (None, adds_bos):
@@ -189,12 +188,3 @@ class OpenAIEngine:
                 "prompt",
                 *(server.url, counted, len(ids)),
             )
-
-
-@contextmanager
-def _must_have(server: Server) -> Iterator[None]:
-    """Makes a ServerFault of what goes wrong where an answer is not of the form that it must have."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ServerFault(f"{server.url}: the answer lacks what it must have ({error!r})") from error

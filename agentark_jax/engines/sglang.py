@@ -7,7 +7,6 @@ has the right weights, for a restart brings back the old ones.
 Written against SGLang 0.5.23; its log-probabilities of sampled tokens are at the sampling temperature, before top_p.
 """
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 from agentark_jax.data.tokenizer import Tokenizer
 from agentark_jax.engines.base import Request, check_ids, check_request
 from agentark_jax.engines.config import EngineConfig
-from agentark_jax.engines.http import PROBE, Server, ServerFault, Servers
+from agentark_jax.engines.http import PROBE, Server, ServerFault, Servers, must_have
 from agentark_jax.errors import AgentArkError, UsageError
 from agentark_jax.models.config import ModelConfig, load_config
 from agentark_jax.models.weights import check_files
@@ -27,6 +26,7 @@ from agentark_jax.records import Completion
 
 TOKEN_VARIABLE = "AGENTARK_SGLANG_TOKEN"
 
+_LEAST = float(np.finfo(np.float32).min)  # of log-probabilities, which are kept in float32
 _SCORING: Mapping[str, Any] = {"max_new_tokens": 0, "temperature": 0}
 
 
@@ -214,14 +214,12 @@ class SGLangEngine:
 
     def _believed(self, server: Server, answer: Mapping[str, Any], body: Mapping[str, Any]) -> _Answer:
         """Raises ServerFault for an answer that cannot be one to this request, by these weights."""
-        try:
+        with must_have(server):
             meta, ids = answer["meta_info"], list(answer["output_ids"])
             finish, version = meta["finish_reason"]["type"], meta["weight_version"]
             logprobs, sampled = _split(meta["output_token_logprobs"])
             scores, scored = _split(meta.get("input_token_logprobs") or [])
             prompt, cached = int(meta["prompt_tokens"]), int(meta["cached_tokens"])
-        except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise ServerFault(f"{server.url}: the answer lacks what it must have ({error!r})") from error
         wanted = body["sampling_params"]["max_new_tokens"]
         if finish not in ("stop", "length"):
             raise ServerFault(f"{server.url}: ended the request by {finish} ({meta['finish_reason'].get('message')})")
@@ -234,7 +232,7 @@ class SGLangEngine:
         if "logprob_start_len" in body and scored != body["input_ids"][body["logprob_start_len"] :]:
             raise ServerFault(f"{server.url}: scored other tokens than it was sent")
         for value in (*logprobs, *scores[1:]):
-            if not isinstance(value, int | float) or not -math.inf < value <= 1e-3:
+            if not isinstance(value, int | float) or not _LEAST <= value <= 1e-3:
                 raise ServerFault(f"{server.url}: a log-probability is {value!r}")
         if prompt != len(body["input_ids"]) or not 0 <= cached <= prompt:
             raise ServerFault(f"{server.url}: counted {prompt} prompt tokens of {len(body['input_ids'])}")
@@ -268,11 +266,13 @@ class SGLangEngine:
             raise UsageError(f"{server.url} computes in {dtype}, another server in {self._dtype}; give all one --dtype")
         self._dtype = dtype
         self.weights = self._version if dtype == "float32" else f"{self._version}+{dtype}"
-        limits = [details.get("context_length"), details.get("max_total_num_tokens")]
-        self._context = min([self._context, *(int(limit) for limit in limits if limit)])
+        with must_have(server):
+            limits = [details.get("context_length"), details.get("max_total_num_tokens")]
+            self._context = min([self._context, *(int(limit) for limit in limits if limit)])
         answer = await self._servers.post(server, "/tokenize", {"model": served, "prompt": PROBE})
         ours = list(self._tokenizer.encode(PROBE))
-        theirs_ids = answer.get("tokens", [])
+        with must_have(server):
+            theirs_ids = list(answer["tokens"])
         if theirs_ids[len(theirs_ids) - len(ours) :] != ours:  # theirs may begin with a special token
             raise UsageError(f"{server.url} has another tokenizer than {self._directory}; start it with this model's")
 

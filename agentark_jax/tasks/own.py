@@ -94,10 +94,15 @@ def _text(row: Row, path: str, number_allowed: bool = False) -> str:
         raise UsageError(f'{where}: "{path}" is of type {type(content).__name__}; make it {kinds}.')
     if not content.strip():
         raise UsageError(f'{where}: "{path}" is empty; fill it in or remove the line.')
+    return whole_text(row, path, content)
+
+
+def whole_text(row: Row, path: str, content: str) -> str:
+    """A text of a row without white space around it. Raises UsageError where UTF-8 cannot hold it."""
     try:
         content.encode()
     except UnicodeEncodeError:
-        raise UsageError(f'{where}: "{path}" contains half of a surrogate pair; remove it.') from None
+        raise UsageError(f'{row.where}: "{path}" contains half of a surrogate pair; remove it.') from None
     return content.strip()
 
 
@@ -112,7 +117,7 @@ def _choices(row: Row, paths: tuple[str, ...]) -> tuple[str, ...]:
         raise UsageError(f'{row.where}: "{paths[0]}" (task.fields.choices) is not a list of texts; make it one.')
     if paths and not 2 <= len(found) <= len(ascii_uppercase):
         raise UsageError(f"{row.where}: {len(found)} choices; give 2 to {len(ascii_uppercase)}.")
-    return tuple(choice.strip() for choice in found)
+    return tuple(whole_text(row, paths[0], choice) for choice in found)
 
 
 def _letter(row: Row, path: str, choices: tuple[str, ...]) -> str:

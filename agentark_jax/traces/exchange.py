@@ -139,7 +139,7 @@ def _opened(url: str) -> Iterator[tuple[Any, str]]:
         raise UsageError(f"{url}: {error}. Give a URL that fsspec knows, or install what it names.") from error
     try:
         yield filesystem, path
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise AgentArkError(
             f"{url}: {error}. Check the address and your rights; a damaged export must be made again."
         ) from error

@@ -10,7 +10,7 @@ from agentark_jax.errors import UsageError
 from agentark_jax.records import DEBATE, DEBATER, Call, Completion, Question, Sampling, Turn
 from agentark_jax.tasks.config import FieldsConfig
 from agentark_jax.tasks.items import make_question
-from agentark_jax.tasks.own import find, parse_own
+from agentark_jax.tasks.own import find, parse_own, whole_text
 from agentark_jax.tasks.rows import Row
 
 WEIGHTS = "imported"
@@ -38,7 +38,8 @@ def read_debate(row: Row, fields: FieldsConfig, rounds: str, grader: str, task: 
     for said in told:
         if not all(text is None or (isinstance(text, str) and text.strip()) for text in said):
             raise UsageError(f'{row.where}: "{rounds}" must be {wanted}; null stands for an agent that said nothing.')
-    return Debate(make_question(task, "debate", item), told)
+    whole = [[text and whole_text(row, rounds, text) for text in said] for said in told]
+    return Debate(make_question(task, "debate", item), whole)
 
 
 def turns_of(debate: Debate, form: Format, model: str) -> Iterator[Turn]:
@@ -52,7 +53,7 @@ def turns_of(debate: Debate, form: Format, model: str) -> Iterator[Turn]:
         for agent, text in enumerate(said):
             if text is None:
                 continue
-            ids = (*form.tokenizer.encode_text(text.strip()), form.stop_ids[0])
+            ids = (*form.tokenizer.encode_text(text), form.stop_ids[0])
             call = Call(
                 question_id=debate.question.id,
                 protocol=DEBATE,
@@ -68,7 +69,7 @@ def turns_of(debate: Debate, form: Format, model: str) -> Iterator[Turn]:
                 sampling=Sampling(1.0, len(ids), form.stop_ids, seed=0),
                 prompt=(),
             )
-            completion = Completion(np.asarray(ids, np.int32), None, text.strip(), "stop", 0, 0, 0.0)
+            completion = Completion(np.asarray(ids, np.int32), None, text, "stop", 0, 0, 0.0)
             keys.append(call.key)
             yield Turn(call, 0, completion)
         before = keys
