@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 import numpy as np
 import pytest
 import real_server
+from aiohttp import web
 from real_server import requests
 
 from agentark_jax.data.tokenizer import Tokenizer
@@ -170,6 +171,42 @@ def test_a_server_that_is_back_gets_its_weights_first(models):
     found, versions = asyncio.run(run())
     assert len(found) == 2
     assert versions == ["v0", "v0", "v0", "default", "v0"]
+
+
+def test_servers_behind_a_router_get_their_weights_themselves(models):
+    """A router forwards calls and says who is behind it; one of them is away at first, and comes with other weights."""
+
+    async def run():
+        near, far = (Loopback(models[0]) for _ in range(2))
+        away = True
+
+        class Router(Loopback):
+            async def handle(self, request):
+                if request.path == "/workers":
+                    found = [{"url": urls[0], "is_healthy": True}, {"url": urls[1] + "/", "is_healthy": not away}]
+                    return web.json_response({"workers": found})
+                if request.path == "/generate":
+                    return await (near if away else far).handle(request)
+                return web.Response(status=404)
+
+        async with (
+            listening(near) as first,
+            listening(far) as second,
+            listening(Router(models[0])) as url,
+        ):
+            urls = [first, second]
+            config = EngineConfig(servers=[url], timeout=10.0)
+            async with SGLangEngine(config, models[0], Tokenizer(models[0]), model="tiny", weights="v0") as engine:
+                await ask(engine)
+                versions = [near.version, far.version]
+                away = False
+                await ask(engine)
+                return versions, [near.version, far.version], engine.retries
+
+    at_first, at_last, retries = asyncio.run(run())
+    assert at_first == ["v0", "default"]
+    assert at_last == ["v0", "v0"]
+    assert retries == 3  # answers of other weights, until the router is asked again what is behind it
 
 
 def test_texts_are_those_of_the_ids(models):

@@ -183,9 +183,14 @@ class Servers:
             raise AgentArkError(f"{server.url}{path} refuses the request ({status}): {self._shown(content)}")
         return _object(server, path, content)
 
-    async def get(self, server: Server, path: str) -> dict[str, Any]:
-        """The JSON object at a path of a server. Raises ServerFault where there is none."""
+    async def get(self, server: Server, path: str, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object at a path of a server; `missing`, where that is given, if the server knows no such path.
+
+        Raises ServerFault where there is none.
+        """
         status, content = await self._exchange(server, "GET", path)
+        if status == 404 and missing is not None:
+            return missing
         if status != 200:
             raise ServerFault(f"{server.url}{path} answers {status}")
         return _object(server, path, content)

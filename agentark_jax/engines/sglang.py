@@ -4,7 +4,8 @@ What a server answers is checked before it is believed, and what would kill one 
 of another shape) is refused before it is sent. A server that kept failing gets no calls until it is healthy again *and*
 has the right weights, for a restart brings back the old ones.
 
-Written against SGLang 0.5.23; its log-probabilities of sampled tokens are at the sampling temperature, before top_p.
+Written against SGLang 0.5.23 and sglang-router 0.3.2; log-probabilities of sampled tokens are at the sampling
+temperature, before top_p.
 """
 
 import time
@@ -238,18 +239,30 @@ class SGLangEngine:
             raise ServerFault(f"{server.url}: counted {prompt} prompt tokens of {len(body['input_ids'])}")
         return _Answer(ids, logprobs, finish, prompt, cached, scores, server.url)
 
-    async def _admit(self, server: Server) -> None:
-        """Checks a server and brings its weights up to date.
+    async def _admit(self, address: Server) -> None:
+        """Checks a server, or those behind a router, and brings their weights up to date.
 
         Raises UsageError for a server that will not do, ServerFault for one that fails meanwhile.
         """
-        info = await self._servers.get(server, "/model_info")
-        await self._check_model(server, info)
-        if info.get("weight_version") != self._version:
-            body = {"model_path": str(self._directory.resolve()), "weight_version": self._version, "flush_cache": True}
-            answer = await self._servers.post(server, "/update_weights_from_disk", body)
-            if not answer.get("success"):
-                raise UsageError(f"{server.url}: cannot load {self._directory}: {answer.get('message')}")
+        for server in await self._behind(address):
+            info = await self._servers.get(server, "/model_info")
+            await self._check_model(server, info)
+            if info.get("weight_version") != self._version:
+                path, version = str(self._directory.resolve()), self._version
+                body = {"model_path": path, "weight_version": version, "flush_cache": True}
+                answer = await self._servers.post(server, "/update_weights_from_disk", body)
+                if not answer.get("success"):
+                    raise UsageError(f"{server.url}: cannot load {self._directory}: {answer.get('message')}")
+
+    async def _behind(self, address: Server) -> list[Server]:
+        """The healthy servers of a router, which forwards calls but no weights; a server itself."""
+        workers = (await self._servers.get(address, "/workers", missing={})).get("workers")
+        if workers is None:
+            return [address]
+        healthy = [Server(worker["url"].rstrip("/")) for worker in workers if worker["is_healthy"]]
+        if not healthy:
+            raise ServerFault(f"{address.url}: none of the servers behind this router is healthy")
+        return healthy
 
     async def _check_model(self, server: Server, info: Mapping[str, Any]) -> None:
         served = str(info.get("model_path"))
