@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import real_server
+from faults import SEED
 from test_run import base_weights, complete, count_turns, start
 
 from agentark_jax.traces.rows import canonical_record
@@ -105,7 +106,7 @@ def test_twenty_kills_leave_the_store_of_an_undisturbed_debate(warm, tmp_path):
     complete(calm.parent, *DEBATE, part="debate")
     at_first, total = count_turns(warm / "traces.sqlite"), count_turns(calm / "traces.sqlite")
     assert total == at_first + QUESTIONS * AGENTS * ROUNDS
-    draws = random.Random(0)
+    draws = random.Random(SEED)
     # Kills fall on moments of the work, not of the start: after so many further turns, and up to a fifth of a second.
     marks = sorted(draws.sample(range(at_first + 1, total), 20))
     deaths = 0

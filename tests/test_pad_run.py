@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import real_server
+from faults import SEED
 from tiny_models import write_model
 
 from agentark_jax.models.config import load_config
@@ -193,7 +194,7 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path):
         store.execute(f"DELETE FROM labels WHERE call_key IN ({keys})")
         store.execute("DELETE FROM turns WHERE protocol = 'rollout'")
     store.close()
-    draws, kills, seconds = random.Random(7), 0, 4.0
+    draws, kills, seconds = random.Random(7 + SEED), 0, 4.0
     while True:
         process = start(tmp_path, "--rl.iterations", "8")
         try:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import real_server
+from faults import SEED
 
 from agentark_jax.cli import main
 from agentark_jax.evaluation.statistics import holm
@@ -316,7 +317,7 @@ def test_the_options_of_a_debate_reach_the_run(tmp_path):
 @pytest.mark.slow
 def test_kills_at_random_moments_change_nothing(finished, tmp_path):
     """SIGKILL again and again; the results are those of the undisturbed run and no turn is there twice."""
-    draws = random.Random(0)
+    draws = random.Random(SEED)
     undisturbed = json.loads((finished / "results.json").read_text())["timing"]["total_seconds"]
     kills = 0
     while True:

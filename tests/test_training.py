@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from faults import SEED
 
 from agentark_jax.data.loader import packed_batches
 from agentark_jax.errors import AgentArkError, UsageError
@@ -443,7 +444,7 @@ def read_until(child, step):
 
 def test_a_run_killed_at_random_steps_resumes_bit_by_bit(params, tmp_path):
     undisturbed = run_fit(tmp_path / "whole", params, KILLED, validation=VALIDATION)
-    rng = random.Random(5)
+    rng = random.Random(5 + SEED)
     directory = tmp_path / "killed"
     for step in (rng.randint(3, 5), rng.randint(8, 11)):
         child = start_child(directory, 0.0)

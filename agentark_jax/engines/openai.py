@@ -11,7 +11,7 @@ token at the start, and its count of the prompt shows it; prompts are then sent 
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,9 +99,15 @@ class OpenAIEngine:
         ids = request.prompt_ids.tolist()
         if self._adds_bos and ids[0] == self._tokenizer.bos_id:
             ids = ids[1:]
+        prompt = self._tokenizer.spell(ids)
+        if self._controls(self._tokenizer.encode(prompt)) != self._controls(ids):
+            raise AgentArkError(
+                "a text in the prompt spells a control token, which an endpoint that takes text would obey: leave the "
+                "question out, or ask an SGLang server or the embedded engine."
+            )
         body = {
             "model": self._served,
-            "prompt": self._tokenizer.spell(ids),
+            "prompt": prompt,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,
@@ -127,6 +133,9 @@ class OpenAIEngine:
             seconds=time.monotonic() - started,
             server=answer.server,
         )
+
+    def _controls(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if self._tokenizer.is_special(token)]
 
     async def score(self, ids: np.ndarray) -> np.ndarray:
         """Raises AgentArkError: an endpoint that tells text only has no log-probabilities."""

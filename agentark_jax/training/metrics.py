@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 from flax.traverse_util import flatten_dict
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from agentark_jax.errors import AgentArkError
 from agentark_jax.files import write_text
@@ -34,7 +36,11 @@ class MetricsLog:
             directory.mkdir(parents=True, exist_ok=True)
             _truncate(self._path, step)
             self._file = self._path.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+            (directory / "tensorboard").mkdir(exist_ok=True)
+            # Not its SummaryWriter, whose thread ends with the first error, a full disk's: the queue to it then fills,
+            # and the step that finds it full waits for ever.
+            self._events = EventsWriter(str(directory / "tensorboard" / "events"))
+            self._tell(step + 1, session_log=SessionLog(status=SessionLog.START))  # later steps of before are void
         except OSError as error:
             raise _unwritable(self._path, error) from error
 
@@ -49,14 +55,19 @@ class MetricsLog:
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
+            values = flatten_dict(record, sep="/")
+            step = int(values.pop("step"))
+            for name, value in values.items():
+                self._tell(step, summary=scalar(name, value))
+            self._events.flush()
         except OSError as error:
             raise _unwritable(self._path, error) from error
-        values = flatten_dict(record, sep="/")
-        step = int(values.pop("step"))
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
         if self._wandb is not None and step >= self._wandb.step:  # what it has cannot be replaced
             self._wandb.log(values, step=step)
+
+    def _tell(self, step: int, **content: Any) -> None:
+        """An event for TensorBoard, which shows the time of day beside it."""
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -65,8 +76,12 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._writes:
-            self._events.close()
-            self._file.close()
+            try:
+                self._events.close()
+                self._file.close()
+            except OSError as failure:  # of what is still to be written
+                if error is None:
+                    raise _unwritable(self._path, failure) from failure
             if self._wandb is not None:
                 self._wandb.finish(exit_code=0 if error is None else 1)
 
