@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import write_text
 
 DESCRIPTION = """\
 Distil multi-agent debate into one language model.
@@ -125,6 +126,14 @@ of all its runs; where those or the file have changed since a cell was done, --u
       --where study=main
 """
 
+RECIPES_DESCRIPTION = """\
+Write the configurations that came with this package, such as quickstart.yaml and lab.yaml, to a directory, where they
+can be read and changed. Where a file there differs from the recipe of its name, it is named and nothing is written.
+
+  agentark recipes configs
+  agentark run --config configs/lab.yaml
+"""
+
 USAGE = f"""\
 usage: agentark <command> [options]
 
@@ -145,6 +154,7 @@ commands:
              of step labels agree
   logits     a model's logits for an array of token ids, to compare with any other implementation
   generate   a model's completions of a text
+  recipes    the configurations that came with this package, written to a directory
 """
 
 
@@ -177,6 +187,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
             return _report(rest)
         if command == "sweep":
             return _sweep(rest)
+        if command == "recipes":
+            return _recipes(rest)
         if command == "traces":
             from agentark_jax.traces_cli import traces
 
@@ -388,6 +400,23 @@ def _sweep(arguments: Sequence[str]) -> int:
     failed = sweep.run_cells(found, shard, shards, partial(print, flush=True), sweep.run_process)
     if failed:
         raise AgentArkError(f"{len(failed)} cells failed, see above: {', '.join(failed)}. This command goes on.")
+    return 0
+
+
+def _recipes(arguments: Sequence[str]) -> int:
+    parser = _parser("agentark recipes", RECIPES_DESCRIPTION)
+    parser.add_argument("directory", metavar="DIR", type=Path)
+    options, rest = _known(parser, arguments)
+    if rest:
+        raise UsageError(f"unknown argument {rest[0]!r}. `agentark recipes --help` explains what there is.")
+    shipped = Path(__file__).with_name("configs").glob("*.yaml")
+    recipes = {options.directory / recipe.name: recipe.read_text(encoding="utf-8") for recipe in sorted(shipped)}
+    for path, text in recipes.items():
+        if path.exists() and path.read_text(encoding="utf-8", errors="replace") != text:
+            raise UsageError(f"{path} differs from the recipe of that name: choose another directory, or move it away.")
+    for path, text in recipes.items():
+        write_text(path, text)
+    print(f"{len(recipes)} recipes are in {options.directory}.")
     return 0
 
 
