@@ -33,8 +33,9 @@
 # AGENTARK_SGLANG_TOKEN   their --api-key; clients read it from the same variable
 #
 # Cost: the machine's GPUs, busy or idle, until this ends. Prints the addresses as a run's option. Weights come from the
-# run directory: servers on other machines must see it under the same path. Verified: on CPU with real servers, the
-# wait, the command and the end among it; on GPUs the dry run only, so the table and FRACTION are counted, not measured.
+# run directory: servers on other machines must see it under the same path. Verified: on CPU with real servers; the wait,
+# the command and the end with stand-ins (`pytest -m sglang` has a real one); on GPUs the dry run only, so the table and
+# FRACTION are counted, not measured.
 set -euo pipefail
 
 here="$(dirname "$0")"
