@@ -15,7 +15,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -101,7 +101,10 @@ def _listed(directory: Path) -> dict[str, int]:
                 continue
             path = Path(place, name)
             parts = [path, path.with_name(f"{name}-wal")]  # of a trace store what is new may be in the second only
-            changed = [part.stat().st_mtime_ns for part in parts if part.exists()]
+            changed = []
+            for part in parts:
+                with suppress(FileNotFoundError):
+                    changed.append(part.stat().st_mtime_ns)
             if changed:
                 found[path.relative_to(directory).as_posix()] = max(changed)
     return found
@@ -117,7 +120,7 @@ def _send(
     with tempfile.TemporaryDirectory() as scratch:
         sources = []
         for number, name in enumerate(changed):
-            sources.append(_still(directory / name, Path(scratch, str(number))))
+            sources.append(_still(directory, name, Path(scratch, str(number))))
             key = f"{name}.{modified[name]}" if name in taken else name
             index[name] = _File(key, sources[-1].stat().st_size, modified[name])
         with _at(url):
@@ -134,8 +137,9 @@ def _send(
     return len(changed)
 
 
-def _still(path: Path, copy: Path) -> Path:
-    """A file with the contents of `path` that does not change while it is sent: `copy`, or itself."""
+def _still(directory: Path, name: str, copy: Path) -> Path:
+    """A file with the contents of that in `directory` that does not change while it is sent: `copy`, or itself."""
+    path = directory / name
     if path.suffix == ".sqlite":
         try:
             with (
@@ -146,7 +150,9 @@ def _still(path: Path, copy: Path) -> Path:
         except sqlite3.Error as error:
             raise AgentArkError(f"{path}: cannot be copied ({error}); `agentark traces verify` looks at it") from error
         return copy
-    if "checkpoints" in path.parts or path.stat().st_size > _SMALL:  # these appear whole, and are not touched again
+    if (
+        "checkpoints" in Path(name).parts or path.stat().st_size > _SMALL
+    ):  # these appear whole, and are not touched again
         return path
     return Path(shutil.copyfile(path, copy))
 

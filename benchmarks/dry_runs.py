@@ -1,4 +1,5 @@
-"""Dry-runs every recipe on the topologies that its header names: writes the results and README's table of them.
+"""Dry-runs every recipe on the topologies that its header names: writes the results, and the tables of them in README
+and docs/scaling.md.
 
 python -m benchmarks.dry_runs                     # all: a second for GPUs, one to three minutes for a TPU (extra `tpu`)
 python -m benchmarks.dry_runs --platform gpu      # the results of the others stay as they are
@@ -26,6 +27,7 @@ from agentark_jax.stages import git_revision
 from benchmarks.workers import ROOT
 
 CONFIGS, RESULTS, README = ROOT / "configs", ROOT / "benchmarks" / "results" / "dry_runs.json", ROOT / "README.md"
+SCALING = ROOT / "docs" / "scaling.md"
 LORA = CONFIGS / "lora.yaml"
 # What is trained, by the word with which a line of a recipe's header begins, and the files that come after the recipe.
 TRAINED: Mapping[str, tuple[Path, ...]] = {"all parameters": (), "adapters": (LORA,)}
@@ -54,6 +56,8 @@ class DryRun:
             **vars(self),
             "parameters": found.parameters,
             "trainable": found.trainable,
+            "rows": config.fit.rows,
+            "row_length": config.fit.row_length,
             "state": found.state_bytes,
             "step": found.step.total,
             "memory": found.topology.memory,
@@ -99,6 +103,22 @@ def table(results: Mapping[DryRun, Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def sizes(results: Mapping[DryRun, Result]) -> str:
+    """Markdown: a row for each recipe, way of training and topology, with the batch of a step and what it takes."""
+    lines = [
+        "| recipe | parameters | trained | a step: rows × tokens | topology | state, a device | step, of a device |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    size = {run.recipe: result["parameters"] for run, result in results.items()}  # a recipe's runs stay together
+    for run, result in sorted(results.items(), key=lambda item: (size[item[0].recipe], item[0].recipe)):
+        batch = f"{result['rows']} × {result['row_length']:,}"
+        lines.append(
+            f"| `{run.recipe}` | {result['parameters'] / 1e9:.1f}B | {run.trained} | {batch} | {run.topology} "
+            f"| {result['state'] / GIB:.1f} GiB | {_gib(result)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0 when all fit, 1 when one does not or cannot be run, 2 when nothing can be run as asked."""
     parser = argparse.ArgumentParser(
@@ -141,8 +161,9 @@ def _run_all(chosen: Sequence[DryRun], named: Sequence[DryRun], say: Callable[[s
         say(f"[{time.monotonic() - started:5.0f} s] {place}: {verdict}")
         results = {run: results[run] for run in named if run in results}
         write_json(RESULTS, list(results.values()))
-    readme = README.read_text(encoding="utf-8")
-    write_text(README, re.sub(r"^\| recipe \|.*?\n(?=\n)", lambda _: table(results), readme, flags=re.S | re.M))
+    for page, written in ((README, table(results)), (SCALING, sizes(results))):
+        text = page.read_text(encoding="utf-8")
+        write_text(page, re.sub(r"^\| recipe \|.*?\n(?=\n)", lambda _, new=written: new, text, flags=re.S | re.M))
     return all_fit
 
 

@@ -24,7 +24,8 @@ require() {
     if [[ "$dry_run" == yes ]]; then
       printf -v "$variable" %s "${!variable:-$variable}"
     fi
-    [[ -n "${!variable:-}" ]] || fail "$variable is not set; the head of this file says what it is. --dry-run needs none."
+    [[ -n "${!variable:-}" ]] ||
+      fail "$variable is not set; the head of this file says what it is. --dry-run needs none."
   done
 }
 
@@ -37,12 +38,16 @@ require_config() { # DEFAULT_CONFIG
   [[ -f "$config" ]] || fail "'$config' is no file; the first argument is a config, such as configs/qwen3_8b.yaml."
 }
 
+require_program() { # VENV PROGRAM
+  [[ "$dry_run" == yes || -x "$1/bin/$2" ]] || fail "VENV is '$1', which has no bin/$2; install the package there first."
+}
+
 require_positive() { # NAME VALUE
   [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 is '$2'; give a positive number."
 }
 
-# Sets accelerator, arrangement, chips and hosts (chips: of a host) from the name that `agentark fit --dry-run` has for a
-# TPU slice, and type, as Cloud TPU calls it; v5p is counted by cores, two to a chip.
+# Sets accelerator, arrangement, chips and hosts (chips: of a host) from the name that `agentark fit --dry-run` has for
+# a TPU slice, and type, as Cloud TPU calls it; v5p is counted by cores, two to a chip.
 read_topology() { # NAME
   local generation="${1%%-*}" number="${1##*-}"
   require_positive "TOPOLOGY's number" "$number"
@@ -73,7 +78,8 @@ read_topology() { # NAME
       ;;
     *) arrangement="" ;;
   esac
-  [[ -n "$arrangement" ]] || fail "TOPOLOGY is '$1'; give a slice that the dry run knows, such as v5e-8, v6e-16 or v5p-32."
+  [[ -n "$arrangement" ]] ||
+    fail "TOPOLOGY is '$1'; give a slice that the dry run knows, such as v5e-8, v6e-16 or v5p-32."
 }
 
 # Runs a step of a pipeline, unless NAME.steps in the folder where the script was called says that it was done.

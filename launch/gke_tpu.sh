@@ -6,8 +6,9 @@
 #   IMAGE=… CLAIM=… launch/gke_tpu.sh CONFIG [options of agentark …]
 #
 # IMAGE      of launch/docker/tpu.Dockerfile, in a registry that the cluster may pull from
-# CLAIM      PersistentVolumeClaim that all hosts can write to (ReadWriteMany: Filestore), mounted at /runs. On a slice of
-#            one host gs://BUCKET/FOLDER will do: the runs are on its own disk and a copy is kept there (`agentark mirror`)
+# CLAIM      PersistentVolumeClaim that all hosts can write to (ReadWriteMany: Filestore), mounted at /runs. On a slice
+#            of one host gs://BUCKET/FOLDER will do: the runs are on its own disk and a copy is kept there (`agentark
+#            mirror`)
 # TOPOLOGY   v5e-8 by default, as `agentark fit --dry-run` calls it; the cluster needs a node pool of that shape
 # PART       the command of agentark: run (default), warm-start, debate, select, fit, attribute
 # NAME       of the JobSet, agentark by default
@@ -15,12 +16,12 @@
 # SPOT       yes (default): on nodes that can be preempted; no: on others
 # RESTARTS   how often everything may be started again, 100 by default; each preemption takes one
 #
-# Cost: chips × hours while the node pool has nodes; let it scale to zero. `kubectl delete jobset NAME` stops the run; do so
-# as well before the same NAME is used again. Quota: TPU chips of this generation in the region, preemptible ones where
-# SPOT=yes; Filestore. Needs kubectl with the cluster's credentials and JobSet (v0.5 or newer) in the cluster. Files that
-# the config names (task.path) must be on CLAIM; HF_HOME is there, too. A request that cannot be carried out as written
-# (exit code 2) is not tried again. Verified: the manifests against Kubernetes' schemas and one of ours for JobSet; none was
-# ever applied.
+# Cost: chips × hours while the node pool has nodes; let it scale to zero. `kubectl delete jobset NAME` stops the run;
+# do so as well before the same NAME is used again. Quota: TPU chips of this generation in the region, preemptible ones
+# where SPOT=yes; Filestore. Needs kubectl with the cluster's credentials and JobSet (v0.5 or newer) in the cluster.
+# Files that the config names (task.path) must be on CLAIM; HF_HOME is there, too. A request that cannot be carried out
+# as written (exit code 2) is not tried again. Verified: the manifests against Kubernetes' schemas and one of ours for
+# JobSet; none was ever applied.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -33,13 +34,19 @@ name="${NAME:-agentark}"
 restarts="${RESTARTS:-100}"
 require_positive RESTARTS "$restarts"
 read_topology "${TOPOLOGY:-v5e-8}"
-[[ "$name" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] || fail "NAME is '$name'; give at most 40 of a-z, 0-9 and -, beginning with a letter."
+[[ "$name" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
+  fail "NAME is '$name'; give at most 40 of a-z, 0-9 and -, beginning with a letter."
 
-command=(agentark "${PART:-run}" --config /config/run.yaml --root /runs "${options[@]}")
+root=/runs
+if [[ "$CLAIM" == gs://* ]]; then
+  root=/runs/kept # a folder that is not there yet, so that the copy can be loaded into its place
+fi
+command=(agentark "${PART:-run}" --config /config/run.yaml --root "$root" "${options[@]}")
 volume="persistentVolumeClaim: {claimName: $CLAIM}"
 if [[ "$CLAIM" == gs://* ]]; then
-  ((hosts == 1)) || fail "${TOPOLOGY} has $hosts hosts, which cannot share $CLAIM; give the name of a ReadWriteMany claim."
-  command=(agentark mirror keep /runs "$CLAIM" -- "${command[@]}")
+  ((hosts == 1)) ||
+    fail "$TOPOLOGY has $hosts hosts, which cannot share $CLAIM; give the name of a ReadWriteMany claim."
+  command=(agentark mirror keep "$root" "$CLAIM" -- "${command[@]}")
   volume="emptyDir: {}"
 fi
 words=""
@@ -70,8 +77,8 @@ metadata:
     # A slice is a node pool: no other job gets a host of it.
     alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
-  # A headless service, by which pods find each other before they are ready: from the names GKE sets TPU_WORKER_HOSTNAMES
-  # and TPU_WORKER_ID, and those say who leads.
+  # A headless service, by which pods find each other before they are ready: GKE sets TPU_WORKER_HOSTNAMES from their
+  # names, and TPU_WORKER_ID, and those say who leads.
   network: {enableDNSHostnames: true, publishNotReadyAddresses: true}
   failurePolicy:
     maxRestarts: $restarts
@@ -85,7 +92,7 @@ spec:
           parallelism: $hosts
           completions: $hosts
           completionMode: Indexed
-          backoffLimit: 0 # one host alone cannot go on: any failure, a preemption too, fails the job, and JobSet makes it anew
+          backoffLimit: 0 # one host alone cannot go on: any failure, a preemption too, and JobSet makes all of them anew
           podFailurePolicy:
             rules:
               - action: FailJob

@@ -1,28 +1,31 @@
 #!/usr/bin/env bash
-# A whole run on rented machines: the base is warm-started on a TPU slice, a pool of GPU machines debates, each a share of
-# the questions, what they said is merged into one store, the students are trained on a TPU slice, and a GPU machine
+# A whole run on rented machines: the base is warm-started on a TPU slice, a pool of GPU machines debates, each a share
+# of the questions, what they said is merged into one store, the students are trained on a TPU slice, and a GPU machine
 # evaluates and reports. Between steps everything is in one bucket, and no machine is kept.
 #
 #   launch/pipeline_debate.sh --dry-run [CONFIG]                      prints every command of every step, runs nothing
 #   PROJECT=… ZONE=… URL=… NAME=… launch/pipeline_debate.sh CONFIG [options of agentark run, without spaces …]
 #
 # PROJECT, ZONE   of Google Cloud, for the slices
-# URL             folder in a bucket for the run, such as gs://bucket/mine; the slices, the GPU machines and this one write to it
-# NAME            of the run and of what is rented: a-z, 0-9 and -. A run has one seed here; call this once for each of several
+# URL             folder in a bucket for the run, such as gs://bucket/mine; the slices, the GPU machines and this one
+#                 write to it
+# NAME            of the run and of what is rented: a-z, 0-9 and -. A run has one seed here; call this once for each of
+#                 several
 # SHARDS          machines of the pool, 8 by default; change it only before the debate
 # TOPOLOGY        of the slice, v5e-8 by default; it must have one host, as its hosts share no disk
 # ACCELERATORS    of each GPU machine, kind and number, H100:8 by default
 # VENV            virtual environment here with agentark-jax and its extra gs, .venv by default
 #
-# Call it again after an interruption: NAME.steps, in the folder where it was called, has the steps that are done (delete a
-# line to do one again), and a step that was begun goes on. Preempted machines are replaced by SkyPilot, slices by
-# launch/tpu_slice.sh.
+# Call it again after an interruption: NAME.steps, in the folder where it was called, has the steps that are done
+# (delete a line to do one again), and a step that was begun goes on. Preempted machines are replaced by SkyPilot,
+# slices by launch/tpu_slice.sh.
 #
-# Cost: a slice for the two trainings, SHARDS machines for the debate, one for the evaluation, all preemptible, each deleted
-# when its step ends; SkyPilot's small machine that watches them; storage. Quota: TPU chips in the zone's region, SHARDS times
-# the accelerators in any cloud of SkyPilot's. Needs gcloud and sky, both signed in. Merging reads all traces on this machine:
-# call it in the bucket's region where there are many. Verified: the dry run, and the steps of agentark one after another with
-# tiny models on CPU and a folder in the place of the bucket; nothing was ever rented with this script.
+# Cost: a slice for the two trainings, SHARDS machines for the debate, one for the evaluation, all preemptible, each
+# deleted when its step ends; SkyPilot's small machine that watches them; storage. Quota: TPU chips in the zone's
+# region, SHARDS times the accelerators in any cloud of SkyPilot's. Needs gcloud and sky, both signed in. Merging reads
+# all traces on this machine: call it in the bucket's region where there are many. Verified: the dry run, and the steps
+# of agentark one after another with tiny models on CPU and a folder in the place of the bucket; nothing was ever rented
+# with this script.
 set -euo pipefail
 
 here="$(dirname "$0")"
@@ -38,30 +41,36 @@ if [[ "$dry_run" == yes && "$URL" == URL ]]; then
   URL=gs://BUCKET/FOLDER
 fi
 [[ "$URL" == gs://* ]] || fail "URL is '$URL'; slices write to Cloud Storage: give gs://BUCKET/FOLDER."
-[[ "$dry_run" == yes || "$NAME" =~ ^[a-z][-a-z0-9]{0,38}$ ]] || fail "NAME is '$NAME'; give at most 39 of a-z, 0-9 and -."
+[[ "$dry_run" == yes || "$NAME" =~ ^[a-z][-a-z0-9]{0,38}$ ]] ||
+  fail "NAME is '$NAME'; give at most 39 of a-z, 0-9 and -."
 accelerators="${ACCELERATORS:-H100:8}"
 require_positive "ACCELERATORS' number" "${accelerators##*:}"
 for option in "${options[@]}"; do
-  [[ "$option" != *[[:space:]]* ]] || fail "'$option' has a space, which does not reach the GPU machines: put it into the config."
+  [[ "$option" != *[[:space:]]* ]] ||
+    fail "'$option' has a space, which does not reach the GPU machines: put it into the config."
 done
-agentark="${VENV:-.venv}/bin/agentark"
-[[ "$dry_run" == yes || -x "$agentark" ]] || fail "VENV is '${VENV:-.venv}', which has no bin/agentark; install the package there first."
+venv="${VENV:-.venv}"
+agentark="$venv/bin/agentark"
+require_program "$venv" agentark
 
 on_slice() { # PART
   local script=("$here/tpu_slice.sh")
   if [[ "$dry_run" == yes ]]; then
     script+=(--dry-run)
   fi
-  env PART="$1" DISK="$URL" PROJECT="$PROJECT" ZONE="$ZONE" NAME="$NAME" "${script[@]}" "$config" --name "$NAME" "${options[@]}"
+  env PART="$1" DISK="$URL" PROJECT="$PROJECT" ZONE="$ZONE" NAME="$NAME" \
+    "${script[@]}" "$config" --name "$NAME" "${options[@]}"
 }
 
 on_gpus() { # JOB PART [SHARD]
   local gpus="${accelerators##*:}"
-  run sky jobs launch --yes --name "$1" "$here/skypilot.yaml" --gpus "$accelerators" --env "GPUS=$gpus" --env "URL=$URL" \
-    --env "NAME=$NAME" --env "CONFIG=$config" --env "PART=$2" --env "SHARD=${3:-}" --env "OPTIONS=${options[*]}"
+  run sky jobs launch --yes --name "$1" "$here/skypilot.yaml" --gpus "$accelerators" --env "GPUS=$gpus" \
+    --env "URL=$URL" --env "NAME=$NAME" --env "CONFIG=$config" --env "PART=$2" --env "SHARD=${3:-}" \
+    --env "OPTIONS=${options[*]}"
   if [[ "$dry_run" == yes ]]; then
     echo "# which does this on its machine:"
-    env GPUS="$gpus" URL="$URL" NAME="$NAME" PART="$2" SHARD="${3:-}" VENV= "$here/gpu_host.sh" --dry-run "$config" "${options[@]}"
+    env GPUS="$gpus" URL="$URL" NAME="$NAME" PART="$2" SHARD="${3:-}" VENV= \
+      "$here/gpu_host.sh" --dry-run "$config" "${options[@]}"
   fi
 }
 

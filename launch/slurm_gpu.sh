@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# One `agentark run` as one Slurm job on the GPUs of one node or several, one process on each; Slurm puts it back into the
-# queue when it is preempted, loses a node or is out of time, and the run goes on from its newest checkpoint.
+# One command of agentark as one Slurm job on the GPUs of one node or several, one process on each; Slurm puts it back
+# into the queue when it is preempted, loses a node or is out of time, and the run goes on from its newest checkpoint.
 #
 #   launch/slurm_gpu.sh --dry-run [CONFIG]                            prints the job and its command, submits nothing
-#   PARTITION=… VENV=… RUNS=… launch/slurm_gpu.sh CONFIG [options of agentark run …]
+#   PARTITION=… VENV=… RUNS=… launch/slurm_gpu.sh CONFIG [options of agentark …]
 #
 # PARTITION   of the cluster, with GPUs
 # VENV        virtual environment on a disk that the nodes see, made with: pip install 'agentark-jax[cuda]'
 # RUNS        folder on such a disk for runs; checkpoints there are what a requeued job resumes from
-# NODES       1 by default; `agentark fit --dry-run --topology 16xH100-80GB` says whether a config fits two nodes of eight
+# PART        the command of agentark: run (default), warm-start, debate, select, fit, attribute
+# NODES       1 by default; `agentark fit --dry-run --topology 16xH100-80GB` says whether a config fits two nodes of
+#             eight
 # GPUS        of each node, 8 by default
 # CPUS        of each node, 64 by default
 # HOURS       time limit, 24 by default; five minutes before it the run saves and is requeued
@@ -16,9 +18,9 @@
 #
 # Cost: GPUs × hours as the cluster charges them, until the run ends; `scancel` stops it. Quota: GPUs and hours of the
 # account. On several nodes those that train wait while the first one debates or evaluates: debate elsewhere, see
-# launch/pipeline_debate.sh. Models from a hub are downloaded to the job's HF_HOME: give it one on a shared disk if nodes
-# are offline. Verified: the dry run and the messages, and the job's script with stand-ins for Slurm's commands; no job was
-# ever submitted.
+# launch/pipeline_debate.sh. Models from a hub are downloaded to the job's HF_HOME: give it one on a shared disk if
+# nodes are offline. Verified: the dry run and the messages, and the job's script with stand-ins for Slurm's commands;
+# no job was ever submitted.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh
@@ -29,7 +31,7 @@ require PARTITION VENV RUNS
 require_config configs/qwen3_8b.yaml
 config="$(cd "$(dirname "$config")" && pwd)/$(basename "$config")"
 if [[ "$dry_run" == no ]]; then
-  [[ -x "$VENV/bin/agentark" ]] || fail "VENV is '$VENV', which has no bin/agentark; install the package there first."
+  require_program "$VENV" agentark
   mkdir -p "$RUNS"
 fi
 nodes="${NODES:-1}"
@@ -45,7 +47,7 @@ if [[ -n "${ACCOUNT:-}" ]]; then
   account=(--account "$ACCOUNT")
 fi
 
-printf -v run '%q ' "$VENV/bin/agentark" run --config "$config" --root "$RUNS" "${options[@]}"
+printf -v run '%q ' "$VENV/bin/agentark" "${PART:-run}" --config "$config" --root "$RUNS" "${options[@]}"
 join=""
 if ((nodes > 1)); then
   # Said explicitly, as JAX by itself would give each of Slurm's tasks one GPU.
@@ -53,10 +55,12 @@ if ((nodes > 1)); then
 export JAX_COORDINATOR_ADDRESS=\"\$first:\$((20000 + SLURM_JOB_ID % 10000))\" JAX_NUM_PROCESSES=$nodes
 export JAX_LOCAL_DEVICE_IDS=$(seq -s, 0 $((gpus - 1)))
 "
-  run="srun --nodes $nodes --ntasks-per-node 1 --cpus-per-task $cpus --kill-on-bad-exit bash -c 'JAX_PROCESS_ID=\$SLURM_PROCID exec \"\$@\"' agentark $run"
+  numbered="bash -c 'JAX_PROCESS_ID=\$SLURM_PROCID exec \"\$@\"' agentark"
+  run="srun --nodes $nodes --ntasks-per-node 1 --cpus-per-task $cpus --kill-on-bad-exit $numbered $run"
 fi
 # Slurm signals the batch shell before the time is up; the run saves on SIGTERM (all processes, whichever gets it; srun
-# passes it on), and the job goes back into the queue. When it is preempted Slurm signals the processes and requeues itself.
+# passes it on), and the job goes back into the queue. When it is preempted Slurm signals the processes and requeues
+# itself.
 job="#!/usr/bin/env bash
 set -uo pipefail
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92

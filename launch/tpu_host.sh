@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# What each host of a slice does, in the home directory where tpu_slice.sh has put `agentark/` and `run.yaml`: mounts the
-# runs, or fetches their copy, installs the package, names the other hosts, runs.
+# What each host of a slice does, in the home directory where tpu_slice.sh has put `agentark/` and `run.yaml`: mounts
+# the runs, or fetches their copy, installs the package, names the other hosts, runs.
 #
 #   agentark/launch/tpu_host.sh DISK PART [options of agentark …]      DISK and PART as in tpu_slice.sh
 set -euo pipefail
 
 sudo mkdir -p /runs
-extra=tpu
+extra=tpu root=/runs
 if [[ "$1" == gs://* ]]; then
   extra=tpu,gs
+  root=/runs/kept # a folder that is not there yet, so that the copy can be loaded into its place
 elif [[ "$1" == *:* ]]; then
   sudo apt-get install -qqy nfs-common
   sudo mount -t nfs "$1" /runs
@@ -34,8 +35,8 @@ if [[ "$hosts" == *,* ]]; then
   export JAX_COORDINATOR_ADDRESS="${first##*:}:8476" JAX_NUM_PROCESSES="$((${#commas} + 1))" JAX_PROCESS_ID
 fi
 cd agentark
-command=(../venv/bin/agentark "$2" --config ../run.yaml --root /runs "${@:3}")
+command=(../venv/bin/agentark "$2" --config ../run.yaml --root "$root" "${@:3}")
 if [[ "$1" == gs://* ]]; then
-  command=(../venv/bin/agentark mirror keep /runs "$1" -- "${command[@]}")
+  command=(../venv/bin/agentark mirror keep "$root" "$1" -- "${command[@]}")
 fi
 exec "${command[@]}"

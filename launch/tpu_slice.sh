@@ -1,30 +1,30 @@
 #!/usr/bin/env bash
-# One `agentark run` on one Cloud TPU slice through queued resources: asks for the slice, waits for it, runs, and after a
-# preemption asks again; the run goes on where its newest checkpoint and its trace store are.
+# One command of agentark on one Cloud TPU slice through queued resources: asks for the slice, waits for it, runs, and
+# after a preemption asks again; the run goes on where its newest checkpoint and its trace store are.
 #
 #   launch/tpu_slice.sh --dry-run [CONFIG]                            prints every command, runs nothing
-#   PROJECT=… ZONE=… DISK=… launch/tpu_slice.sh CONFIG [options of agentark run …]
+#   PROJECT=… ZONE=… DISK=… launch/tpu_slice.sh CONFIG [options of agentark …]
 #
 # PROJECT, ZONE   of Google Cloud; the zone must offer the type
-# DISK            a disk in that zone that keeps the runs; it outlives the slices and is formatted if it is empty. Make it
-#                 once: gcloud compute disks create DISK --size 500GB --type pd-balanced (v6e: hyperdisk-balanced)
-#                 Or gs://BUCKET/FOLDER: the runs are on the host's own disk and a copy of them is kept there (`agentark
+# DISK            a disk in that zone that keeps the runs; it outlives the slices and is formatted if it is empty. Make
+#                 it once: gcloud compute disks create DISK --size 500GB --type pd-balanced (v6e: hyperdisk-balanced) Or
+#                 gs://BUCKET/FOLDER: the runs are on the host's own disk and a copy of them is kept there (`agentark
 #                 mirror`). Several hosts can share neither: give an NFS share (Filestore) as ADDRESS:/NAME
 # PART            the command of agentark: run (default), warm-start, debate, select, fit, attribute
-# TOPOLOGY        v5e-8 by default, as `agentark fit --dry-run` calls it; v5e-4, v6e-8 and v5p-8 have one host, larger ones
-#                 several
+# TOPOLOGY        v5e-8 by default, as `agentark fit --dry-run` calls it; v5e-4, v6e-8 and v5p-8 have one host, larger
+#                 ones several
 # RUNTIME         software version; that of the generation by default
 # NAME            of the queued resource and its node, agentark by default
 # SPOT            yes (default): cheaper, can be preempted; no: on demand
 # ATTEMPTS        how many slices to ask for in a row, 20 by default
 #
-# Cost: chips × hours from ACTIVE until the slice is deleted, idle or not, and the disk, share or bucket until you delete it.
-# The slice is deleted when the run ends or fails and when this script is interrupted; after `kill -9` or a lost machine
-# delete it by hand. Quota: chips of this generation in the region, preemptible ones where SPOT=yes.
-# Needs gcloud, signed in, with the TPU API enabled and ssh to the hosts allowed; for a bucket the hosts' service account
-# must be allowed to write to it. Files that the config names (task.path) must be on the disk; a second config, as in
-# `--config configs/lora.yaml`, is one of this repository. Verified: the dry run and the messages, and what a host does with
-# stand-ins for the cloud's commands; no slice was ever created with this script.
+# Cost: chips × hours from ACTIVE until the slice is deleted, idle or not, and the disk, share or bucket until you
+# delete it. The slice is deleted when the run ends or fails and when this script is interrupted; after `kill -9` or a
+# lost machine delete it by hand. Quota: chips of this generation in the region, preemptible ones where SPOT=yes. Needs
+# gcloud, signed in, with the TPU API enabled and ssh to the hosts allowed; for a bucket the hosts' service account must
+# be allowed to write to it. Files that the config names (task.path) must be on the disk; a second config, as in
+# `--config configs/lora.yaml`, is one of this repository. Verified: the dry run and the messages, and what a host does
+# with stand-ins for the cloud's commands; no slice was ever created with this script.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

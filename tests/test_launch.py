@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from agentark_jax import preflight
-from benchmarks.servers import free_port
+from benchmarks.servers import PYTHON, free_port
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
@@ -110,18 +110,18 @@ def test_a_job_of_slurm_runs_a_process_on_each_node_and_is_requeued_when_its_tim
         return subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=slurm, text=True)
 
     log = tmp_path / "log"
-    assert job().wait(60) == 0
+    assert job().wait(300) == 0
     run = f"run --config {ROOT}/configs/qwen3_8b.yaml --root RUNS"
     assert sorted(log.read_text().splitlines()) == [f"one:21234 2 {process} 0,1,2,3 {run}" for process in (0, 1)]
     log.write_text("")
     preempted = job("--long")
     until(lambda: log.read_text().count("--long") == 2)
     preempted.send_signal(signal.SIGUSR1)
-    assert preempted.wait(60) != 0
+    assert preempted.wait(300) != 0
     assert log.read_text().splitlines()[2:] == ["saved", "saved", "scontrol requeue 71234"]
 
 
-def until(condition, seconds: float = 60.0) -> None:
+def until(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -261,7 +261,7 @@ def test_a_manifest_can_be_wrong() -> None:
 
 def test_a_bucket_is_for_a_slice_of_one_host() -> None:
     spec = manifest(CLAIM="gs://b/x", SPOT="no")[1]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert spec["containers"][0]["command"][:6] == ["agentark", "mirror", "keep", "/runs", "gs://b/x", "--"]
+    assert spec["containers"][0]["command"][:6] == ["agentark", "mirror", "keep", "/runs/kept", "gs://b/x", "--"]
     assert spec["volumes"][0] == {"name": "runs", "emptyDir": {}}
     assert "cloud.google.com/gke-spot" not in spec["nodeSelector"]
     for script, name in (("gke_tpu.sh", "CLAIM"), ("tpu_slice.sh", "DISK")):
@@ -403,7 +403,7 @@ def test_a_command_runs_once_all_servers_answer_and_then_they_are_gone(tmp_path:
         "sys.exit(7)\n"
     )
     process, ports = serving(tmp_path, "m", "--", sys.executable, str(asking))
-    said, complaints = process.communicate(timeout=60)
+    said, complaints = process.communicate(timeout=300)
     assert process.returncode == 7, complaints
     assert said.splitlines() == [f"200 http://127.0.0.1:{port}" for port in ports]
     assert not any(map(listens, ports))
@@ -415,7 +415,7 @@ def test_servers_stay_until_they_are_told_to_end(tmp_path: Path) -> None:
     assert f"127.0.0.1:{ports[1]}] …" in process.stdout.readline()
     assert urllib.request.urlopen(f"http://127.0.0.1:{ports[1]}/health_generate").status == 200
     process.terminate()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert process.returncode == 143
     assert not any(map(listens, ports))
 
@@ -426,21 +426,49 @@ def test_a_command_is_told_to_end_and_may_take_its_time(tmp_path: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "begun\n"
     process.terminate()
-    assert process.communicate(timeout=60)[0] == "saved\n"
+    assert process.communicate(timeout=300)[0] == "saved\n"
     assert process.returncode == 143
     assert not any(map(listens, ports))
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"),
-    [("broken", "a server ended, its messages are above"), ("never", r"did not answer within WAIT \(1\) seconds")],
+    ("kind", "wait", "message"),
+    [
+        ("broken", "300", "a server ended, its messages are above"),
+        ("never", "1", r"did not answer within WAIT \(1\) seconds"),
+    ],
 )
-def test_servers_that_do_not_come_up_end_the_wait(tmp_path: Path, kind: str, message: str) -> None:
-    process, ports = serving(tmp_path, kind, "--", "echo", "asked", WAIT="1")
-    said, complaints = process.communicate(timeout=60)
+def test_servers_that_do_not_come_up_end_the_wait(tmp_path: Path, kind: str, wait: str, message: str) -> None:
+    process, ports = serving(tmp_path, kind, "--", "echo", "asked", WAIT=wait)
+    said, complaints = process.communicate(timeout=300)
     assert (process.returncode, said) == (2, "")
     assert re.search(message, complaints)
     assert not any(map(listens, ports))
+
+
+@pytest.mark.sglang
+def test_a_command_asks_a_real_server(models: list[Path], tmp_path: Path) -> None:
+    python = os.environ.get(PYTHON)
+    if not python:
+        pytest.skip(f"{PYTHON} names no environment with SGLang")
+    asking = tmp_path / "asking.py"
+    asking.write_text(
+        "import json, sys, urllib.request\n"
+        "body = {'input_ids': [5, 6, 7], 'sampling_params': {'max_new_tokens': 4, 'ignore_eos': True}}\n"
+        "request = urllib.request.Request(sys.argv[2].strip('[]') + '/generate', json.dumps(body).encode())\n"
+        "request.add_header('Content-Type', 'application/json')\n"
+        "request.add_header('Authorization', 'Bearer sesame')\n"
+        "print('said', len(json.load(urllib.request.urlopen(request))['output_ids']))\n"
+    )
+    port = free_port()
+    variables = {"VENV": str(Path(python).parents[1]), "DEVICE": "cpu", "PORT": str(port), "WAIT": "300"}
+    command = [str(LAUNCH / "sglang" / "serve.sh"), str(models[0]), "--log-level", "warning"]
+    environment = {**os.environ, **variables, "AGENTARK_SGLANG_TOKEN": "sesame"}
+    command += ["--", sys.executable, str(asking)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "said 4"
+    assert not listens(port)
 
 
 # Hosts of a TPU slice
@@ -476,9 +504,11 @@ def test_a_host_of_a_slice_mounts_the_runs_and_names_the_others(
     assert (done.returncode, done.stderr) == (0, "")
     *prepared, ran = (tmp_path / "log").read_text().splitlines()
     assert any(mount in line for line in prepared)
-    keeps = f"mirror keep /runs {disk} -- ../venv/bin/agentark " if disk.startswith("gs:") else ""
-    assert ran == f"{joined} {keeps}fit --config ../run.yaml --root /runs --name a b"
-    assert ("mount" in "".join(prepared)) == (not keeps)
+    bucket = disk.startswith("gs:")
+    keeps = f"mirror keep /runs/kept {disk} -- ../venv/bin/agentark " if bucket else ""
+    root = "/runs/kept" if bucket else "/runs"
+    assert ran == f"{joined} {keeps}fit --config ../run.yaml --root {root} --name a b"
+    assert ("mount" in "".join(prepared)) == (not bucket)
 
 
 # Files

@@ -124,11 +124,11 @@ def test_files_that_go_away_meanwhile_are_looked_for_again(tmp_path, monkeypatch
     write(run, FILES)
     still = mirror._still
 
-    def gone(path: Path, copy: Path) -> Path:
-        if path.name == "array" and "4" in path.parts:
+    def gone(directory: Path, name: str, copy: Path) -> Path:
+        if name == "fit/checkpoints/4/d/array":
             shutil.rmtree(run / "fit" / "checkpoints" / "4")
             write(run, {"fit/checkpoints/8/d/array": "8"})
-        return still(path, copy)
+        return still(directory, name, copy)
 
     monkeypatch.setattr(mirror, "_still", gone)
     mirror.save(run, url)
@@ -136,10 +136,9 @@ def test_files_that_go_away_meanwhile_are_looked_for_again(tmp_path, monkeypatch
     assert "fit/checkpoints/8/d/array" in contents(tmp_path / "other")
     assert contents(tmp_path / "other") == contents(run)
 
-    def always(path: Path, copy: Path) -> Path:
-        path.unlink()
-        path.with_name(f"{path.name}{next(numbers)}").write_text("")
-        return still(path, copy)
+    def always(directory: Path, name: str, copy: Path) -> Path:
+        (directory / name).rename(directory / f"{name}{next(numbers)}")
+        return still(directory, name, copy)
 
     monkeypatch.setattr(mirror, "_still", always)
     write(run, {"new": ""})
@@ -198,14 +197,17 @@ def test_a_checkpoint_of_orbax_is_restored_from_a_copy(tmp_path):
 
 # A command that says how far it is, goes on from there, and needs to be told to stop.
 COUNT = """
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 path = pathlib.Path(sys.argv[1])
 path.mkdir(parents=True, exist_ok=True)
-signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
-count = path / "count"
-while True:
-    count.write_text(str(int(count.read_text() if count.exists() else 0) + 1))
+told = []
+signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
+count, fresh = path / "count", path / "count.partial"
+while not told:
+    fresh.write_text(str(int(count.read_text()) + 1 if count.exists() else 1))
+    os.replace(fresh, count)
     time.sleep(0.02)
+sys.exit(143)
 """
 
 
@@ -214,7 +216,7 @@ def keeping(directory: Path, url: str, *command: str) -> subprocess.Popen[str]:
     return subprocess.Popen([*keep, *command], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
-def until(condition, seconds: float = 60.0) -> None:
+def until(condition, seconds: float = 300.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -227,8 +229,8 @@ def counted(url: str) -> int:
         return 0
     try:
         key = json.loads((there / "index.json").read_text())["files"]["count"][0]
-        return int((there / "files" / key).read_text() or 0)
-    except (FileNotFoundError, ValueError):  # it is just being replaced
+        return int((there / "files" / key).read_text())
+    except (FileNotFoundError, ValueError):  # it is just being replaced, which a folder does not do at once
         return 0
 
 
@@ -247,7 +249,7 @@ def test_a_command_goes_on_from_its_copy_on_another_machine(tmp_path):
     second = keeping(tmp_path / "two", url, sys.executable, str(script), str(tmp_path / "two"))
     until(lambda: counted(url) > reached)
     second.terminate()
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=300)
     assert second.returncode == 143
     assert f"1 files loaded from {url}" in said
     assert counted(url) == int((tmp_path / "two" / "count").read_text()) > reached
@@ -274,7 +276,7 @@ def test_a_run_goes_on_from_its_copy_and_ends_as_if_it_had_stayed(tmp_path):
 
     copied = Path(url.removeprefix("file://")) / "index.json"
     first = keeping(tmp_path / "one" / "tiny", url, *warm_start("one"))
-    until(lambda: copied.exists() and "/checkpoints/" in copied.read_text(), 300)
+    until(lambda: copied.exists() and "/checkpoints/" in copied.read_text())
     child = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text())
     for process in (first.pid, child):
         os.kill(process, signal.SIGKILL)

@@ -10,7 +10,7 @@ from agentark_jax import preflight
 from agentark_jax.config import parse
 from agentark_jax.models.published import describe
 from benchmarks import dry_runs
-from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, TRAINED, DryRun
+from benchmarks.dry_runs import CONFIGS, LORA, README, RESULTS, SCALING, TRAINED, DryRun
 
 NO_RECIPES = {"quickstart", "lab", "gsm8k", "medmcqa", "arms", "pad_lab", "attribution_lab", "paper_grid", LORA.stem}
 PAD = [
@@ -43,7 +43,9 @@ def test_the_recipe_fits(run: DryRun, monkeypatch: pytest.MonkeyPatch) -> None:
             config.fit.mesh,
             config.fit.lora,
         )
-    assert run()["fits"]
+    found, stored = run(), dry_runs.read(RESULTS)[run]
+    assert found["fits"]
+    assert (found["rows"], found["row_length"]) == (stored["rows"], stored["row_length"])
 
 
 @pytest.mark.parametrize("recipe", PAD)
@@ -75,15 +77,18 @@ def test_readme_shows_the_results_of_what_the_recipes_name() -> None:
     assert set(results) <= set(RUNS)
     assert all(result["fits"] for result in results.values())
     assert dry_runs.table(results) in README.read_text()
+    assert dry_runs.sizes(results) in SCALING.read_text()
 
 
 def test_what_is_not_run_again_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n\n| recipe | old |\n|---|---|\n| x | y |\n\nafter\n")
+    readme, scaling = tmp_path / "README.md", tmp_path / "scaling.md"
+    for page in (readme, scaling):
+        page.write_text("before\n\n| recipe | old |\n|---|---|\n| x | y |\n\nafter\n")
     monkeypatch.setattr(dry_runs, "RESULTS", tmp_path / "dry_runs.json")
     monkeypatch.setattr(dry_runs, "README", readme)
+    monkeypatch.setattr(dry_runs, "SCALING", scaling)
     for recipe in ("qwen3_0.6b", "qwen3_8b"):
         assert dry_runs.main(["--platform", "gpu", "--only", recipe]) == 0
     assert "2 of 2: qwen3_8b, adapters, 2xH100-80GB: fits, " in capsys.readouterr().err
@@ -91,6 +96,13 @@ def test_what_is_not_run_again_stays(
     table = capsys.readouterr().out
     assert readme.read_text() == f"before\n\n{table}\nafter\n"
     assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| `qwen3_0.6b`", "| `qwen3_8b`"]
+    rows = [line.split(" | ") for line in scaling.read_text().splitlines() if line.startswith("| `")]
+    assert [(row[0][2:], row[2], row[4]) for row in rows] == [
+        (f"`{run.recipe}`", run.trained, run.topology)
+        for run in RUNS
+        if run.recipe in ("qwen3_0.6b", "qwen3_8b") and "H100" in run.topology
+    ]
+    assert rows[-1][3] == "16 × 2,048"
     assert dry_runs.main(["--only", "qwen9"]) == 2
     assert "there is no recipe 'qwen9'" in capsys.readouterr().err
     (tmp_path / "dry_runs.json").write_text("{}")
@@ -104,8 +116,9 @@ def test_what_does_not_fit_or_cannot_be_run_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(dry_runs, "RESULTS", tmp_path / "dry_runs.json")
-    monkeypatch.setattr(dry_runs, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("")
+    for page in ("README", "SCALING"):
+        monkeypatch.setattr(dry_runs, page, tmp_path / page)
+        (tmp_path / page).write_text("")
     small, odd = (DryRun("qwen3_8b", "all parameters", name) for name in ("1xH100-80GB", "3xH100-80GB"))
     monkeypatch.setattr(dry_runs, "dry_runs", lambda: iter([small, odd]))
     assert dry_runs.main([]) == 1

@@ -3,8 +3,8 @@
 #   docker build -f launch/docker/cpu.Dockerfile -t agentark:cpu .
 #   docker run --rm -v "$PWD/runs:/runs" agentark:cpu run --config configs/quickstart.yaml --root /runs
 #
-# The folder at /runs must be writable to user 1000. Secrets (HF_TOKEN, AGENTARK_SGLANG_TOKEN) are given when it runs, with
-# -e, and are never part of the image. Verified: linted, not built.
+# The folder at /runs must be writable to user 1000. Secrets (HF_TOKEN, AGENTARK_SGLANG_TOKEN) are given when it runs,
+# with -e, and are never part of the image. Verified: linted, not built.
 FROM python:3.11.13-slim-bookworm
 
 RUN useradd --uid 1000 --create-home agentark && install -d -o agentark /runs

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes a virtual environment with SGLang for machines without a GPU: launch/sglang/install_cpu.sh [--dry-run] DIRECTORY
 #
-# 2 minutes and 2.7 GB with a fast connection. Needs Python 3.11 as PYTHON (python3.11 by default) and a CPU build of torch
-# where pip looks for packages. `cpu_server.py` says what of SGLang is stood in for on such a machine.
+# 2 minutes and 2.7 GB with a fast connection. Needs Python 3.11 as PYTHON (python3.11 by default) and a CPU build of
+# torch where pip looks for packages. `cpu_server.py` says what of SGLang is stood in for on such a machine.
 set -euo pipefail
 
 here="$(dirname "$0")"

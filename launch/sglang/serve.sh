@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Starts SGLang servers for a model on this machine, waits until all answer, and keeps them until it is interrupted, or as
-# long as a command runs that asks them.
+# Starts SGLang servers for a model on this machine, waits until all answer, and keeps them until it is interrupted, or
+# as long as a command runs that asks them.
 #
 #   launch/sglang/serve.sh [--dry-run] MODEL [options of sglang.launch_server …] [-- COMMAND …]
 #   launch/sglang/serve.sh Qwen/Qwen3-8B -- agentark run --config configs/qwen3_8b.yaml
 #
 # MODEL    directory or hub id; runs give the servers other weights of the same shape, so its base model will do
 # COMMAND  is run once the servers answer, with `--engine.servers […]` after it; its exit code is this script's
-# VENV     virtual environment with SGLang: on GPUs pip install 'sglang==0.5.23', else install_cpu.sh; .venv-sglang by default
+# VENV     virtual environment with SGLang: on GPUs pip install 'sglang==0.5.23', else install_cpu.sh; .venv-sglang by
+#          default
 # DEVICE   gpu (default) or cpu
-# GPUS     of this machine, 1 by default. GPUS / TENSOR servers are started, on successive ports: data parallel, each server
-#          with a copy of the model, and calls go to the one that has the fewest
+# GPUS     of this machine, 1 by default. GPUS / TENSOR servers are started, on successive ports: data parallel, each
+#          server with a copy of the model, and calls go to the one that has the fewest
 # TENSOR   GPUs that share a copy (tensor parallel). By default the fewest of which bf16 weights take at most 55 %:
 #              GPU memory      24 GB   40 GB   80 GB   141 GB
 #              up to 4B            1       1       1        1
@@ -18,12 +19,12 @@
 #              up to 14B           4       2       1        1
 #              up to 32B           8       4       2        1
 #              up to 70B           -       8       4        2
-# SIZE     billions of parameters, for that; by default what MODEL's name says, as 8B, or its files (8 in a dry run of which
-#          neither says)
+# SIZE     billions of parameters, for that; by default what MODEL's name says, as 8B, or its files (8 in a dry run of
+#          which neither says)
 # MEMORY   GB of each GPU, for that; by default what nvidia-smi says (80 in a dry run without one)
 # FRACTION of a GPU's memory for weights and cache: 0.85 by default, 0.80 below 40 GB
-# MODE     debate (default), or rl where policies change all the time: 0.05 less of FRACTION, as room for the weights that
-#          come in, which are read from a shared disk by several readers and not kept in the page cache
+# MODE     debate (default), or rl where policies change all the time: 0.05 less of FRACTION, as room for the weights
+#          that come in, which are read from a shared disk by several readers and not kept in the page cache
 # PORT     of the first server, 30000 by default
 # HOST     127.0.0.1 by default; 0.0.0.0 lets other machines in, for which AGENTARK_SGLANG_TOKEN should be set
 # ROUTER   yes: an sglang-router on PORT - 1 before them (pip install sglang-router), for clients that know one address.
@@ -31,9 +32,10 @@
 # WAIT     seconds for all of them to answer, 1800 by default: large models are long in loading
 # AGENTARK_SGLANG_TOKEN   their --api-key; clients read it from the same variable
 #
-# Cost: the machine's GPUs, busy or idle, until this ends. Prints the addresses as a run's option. Weights come from the run
-# directory: servers on other machines must see it under the same path. Verified: on CPU with real servers, the wait, the
-# command and the end among it; on GPUs the dry run only, so the table and FRACTION are counted, not measured.
+# Cost: the machine's GPUs, busy or idle, until this ends. Prints the addresses as a run's option. Weights come from the
+# run directory: servers on other machines must see it under the same path. Verified: on CPU with real servers; the wait,
+# the command and the end with stand-ins (`pytest -m sglang` has a real one); on GPUs the dry run only, so the table and
+# FRACTION are counted, not measured.
 set -euo pipefail
 
 here="$(dirname "$0")"
@@ -62,7 +64,7 @@ wait="${WAIT:-1800}"
 require_positive PORT "$port"
 require_positive GPUS "$gpus"
 require_positive WAIT "$wait"
-[[ "$dry_run" == yes || -x "$venv/bin/python" ]] || fail "VENV is '$venv', which has no bin/python; install SGLang there first."
+require_program "$venv" python
 
 gpu_memory() { # GB of the first GPU
   if command -v nvidia-smi >/dev/null; then
@@ -193,8 +195,8 @@ for ((number = 0; number < gpus / tensor; number++)); do
 done
 wait_until_healthy "${urls[@]/%//health_generate}" # this generates a token; /health would answer before the model does
 if [[ "${ROUTER:-no}" == yes ]]; then
-  start "$venv/bin/python" -m sglang_router.launch_router --worker-urls "${urls[@]}" --host "$host" --port "$((port - 1))" \
-    --policy cache_aware "${key[@]}"
+  start "$venv/bin/python" -m sglang_router.launch_router --worker-urls "${urls[@]}" --host "$host" \
+    --port "$((port - 1))" --policy cache_aware "${key[@]}"
   wait_until_healthy "http://$host:$((port - 1))/health"
 fi
 joined="$(IFS=,; echo "${urls[*]}")"
