@@ -244,25 +244,23 @@ class SGLangEngine:
 
         Raises UsageError for a server that will not do, ServerFault for one that fails meanwhile.
         """
-        for server in await self._behind(address):
-            info = await self._servers.get(server, "/model_info")
-            await self._check_model(server, info)
-            if info.get("weight_version") != self._version:
+        info = await self._servers.get(address, "/model_info", missing={})
+        for server, told in [(address, info)] if info else await self._behind(address):
+            await self._check_model(server, told)
+            if told.get("weight_version") != self._version:
                 path, version = str(self._directory.resolve()), self._version
                 body = {"model_path": path, "weight_version": version, "flush_cache": True}
                 answer = await self._servers.post(server, "/update_weights_from_disk", body)
                 if not answer.get("success"):
                     raise UsageError(f"{server.url}: cannot load {self._directory}: {answer.get('message')}")
 
-    async def _behind(self, address: Server) -> list[Server]:
-        """The healthy servers of a router, which forwards calls but no weights; a server itself."""
-        workers = (await self._servers.get(address, "/workers", missing={})).get("workers")
-        if workers is None:
-            return [address]
+    async def _behind(self, router: Server) -> list[tuple[Server, dict[str, Any]]]:
+        """The healthy servers of a router, which forwards calls but no weights, and what they say of their models."""
+        workers = (await self._servers.get(router, "/workers"))["workers"]
         healthy = [Server(worker["url"].rstrip("/")) for worker in workers if worker["is_healthy"]]
         if not healthy:
-            raise ServerFault(f"{address.url}: none of the servers behind this router is healthy")
-        return healthy
+            raise ServerFault(f"{router.url}: none of the servers behind this router is healthy")
+        return [(server, await self._servers.get(server, "/model_info")) for server in healthy]
 
     async def _check_model(self, server: Server, info: Mapping[str, Any]) -> None:
         served = str(info.get("model_path"))
