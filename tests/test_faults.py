@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -412,90 +411,6 @@ def test_workers_end_with_who_started_them(tmp_path):
             os.kill(pid, 0)
     with locked(tmp_path / "runs" / "tiny"):
         pass
-
-
-def evaluation(root: Path, model: Path, url: str, limit: int | None = None) -> subprocess.Popen:
-    """`agentark evaluate` in a process of its own, whose files may have so many bytes."""
-    command = [sys.executable, "-m", "agentark_jax.cli", "evaluate", "--model", str(model), "--root", str(root)]
-    command += ["--engine.servers", f"[{url}]", "--engine.in_flight", "4", "--questions", "60", "--max_tokens", "12"]
-    command += ["--accuracy.samples", "4", "--accuracy.debate", "false"]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "COLUMNS": "120"},
-        preexec_fn=None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-
-
-def left(root: Path) -> tuple:
-    """What an evaluation found, and every turn, without what depends on the clock."""
-    directory = root / "evaluation"
-    results = json.loads((directory / "results.json").read_text())
-    del results["timing"], results["run"]["command"]
-    with TraceStore(directory / "traces.sqlite", read_only=True) as store:
-        assert store.verify() == []
-        store.export_canonical(root / "turns.jsonl")
-    return results, (root / "turns.jsonl").read_text()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(models, tmp_path_factory):
-    """What an evaluation comes to where nothing happens, how long that took, and its server."""
-    server = Steady(models[0])
-
-    async def handle(request):
-        await asyncio.sleep(0.02)
-        return await server.handle(request)
-
-    root = tmp_path_factory.mktemp("undisturbed")
-    with serving(handle) as url:
-        begun = time.monotonic()
-        process = evaluation(root, models[0], url)
-        shown, _ = process.communicate()
-        assert process.returncode == 0, shown
-        yield left(root), time.monotonic() - begun, url
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_an_evaluation_stopped_at_random_moments_comes_to_the_same(undisturbed, models, tmp_path, number):
-    wanted, seconds, url = undisturbed
-    rng, stops = draws(number.name), 0
-    while True:
-        process = evaluation(tmp_path, models[0], url)
-        try:
-            shown, _ = process.communicate(timeout=rng.uniform(0.4, 1.0) * seconds * (1 + stops / 4))
-        except subprocess.TimeoutExpired:
-            process.send_signal(number)
-            shown, _ = process.communicate()
-            assert process.returncode in (143, -number), shown
-            assert "Traceback" not in shown
-            stops += 1
-            assert stops < 30, "an evaluation that is stopped makes no progress"
-            continue
-        assert process.returncode == 0, shown
-        break
-    assert left(tmp_path) == wanted
-
-
-@pytest.mark.slow
-def test_an_evaluation_on_a_full_disk_says_so_and_goes_on_when_there_is_room(undisturbed, models, tmp_path):
-    wanted, _, url = undisturbed
-    rng = draws("full")
-    for limit in (rng.randint(200, 3000), rng.randint(20_000, 120_000)):
-        process = evaluation(tmp_path, models[0], url, limit)
-        shown, _ = process.communicate()
-        assert process.returncode == 1, shown
-        assert "Traceback" not in shown
-        (said,) = re.findall(r"^error: .*", shown, re.M)
-        assert str(tmp_path) in said
-    process = evaluation(tmp_path, models[0], url)
-    shown, _ = process.communicate()
-    assert process.returncode == 0, shown
-    assert left(tmp_path) == wanted
 
 
 # --- the matrix

@@ -1,10 +1,8 @@
 """What is installed: the wheel has all of the package, runs outside the repository, and its licences are told."""
 
-import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from email import message_from_bytes
@@ -103,35 +101,3 @@ def test_the_wheel_has_all_of_the_package_and_nothing_else(wheel):
     assert f"{about.removesuffix('METADATA')}licenses/LICENSE" in names
     needed = [each for each in metadata.get_all("Requires-Dist") if "extra ==" not in each]
     assert set(map(Requirement, needed)) == set(map(Requirement, PROJECT["dependencies"]))
-
-
-@pytest.mark.slow
-def test_the_installed_package_runs_outside_the_repository(wheel, tmp_path):
-    """Beside this environment's libraries; `.ci/packaging` installs those as well."""
-    environment = tmp_path / "venv"
-    run(sys.executable, "-m", "venv", "--without-pip", environment, cwd=tmp_path)
-    python = environment / "bin" / "python"
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    pip = (sys.executable, "-m", "pip", "--python", python, "install")
-    run(*pip, "--no-deps", "--no-index", "--ignore-installed", wheel, cwd=tmp_path)
-
-    agentark = environment / "bin" / "agentark"
-    assert "recipes are in configs" in run(agentark, "recipes", "configs", cwd=tmp_path, PYTHONPATH="")
-    smallest = {
-        "--model.scratch": "{hidden_size: 32, layers: 1, heads: 2, kv_heads: 1, head_dim: 16, intermediate_size: 64}",
-        "--questions": "{warm_start: 40, validation: 8, debate: 12, held_out: 8}",
-        "--warm_start.answer.epochs": "1",
-        "--warm_start.revision.epochs": "1",
-        "--arms": "[]",
-        "--curve": "[]",
-        "--select.variant": "random",  # so small a model is hardly ever right
-        "--evaluate.vote_samples": "2",
-    }
-    options = [part for option in smallest.items() for part in option]
-    settings = {"PYTHONPATH": "", "JAX_PLATFORMS": "cpu", "MPLBACKEND": "agg"}
-    run(agentark, "run", "--config", "configs/lab.yaml", *options, cwd=tmp_path, **settings)
-    for result in ("report.html", "results.json", "summary.md", "model/model.safetensors"):
-        assert (tmp_path / "runs" / "lab" / result).stat().st_size > 0
-    manifest = json.loads((tmp_path / "runs" / "lab" / "select" / "manifest.json").read_text())
-    assert manifest["git"] is None, "it ran from the checkout"

@@ -495,6 +495,7 @@ def sglang(model: Path, monkeypatch, **changed) -> Any:
     tokenizer = Tokenizer(model)
     table = {
         "/model_info": {"model_path": "elsewhere", "weight_version": "v0"},
+        "/workers": {"workers": [{"url": "http://nowhere", "is_healthy": True}]},
         "/server_info": {"dtype": "float32"},
         "/tokenize": {"tokens": list(tokenizer.encode(http.PROBE))},
         "/generate": SAMPLED,

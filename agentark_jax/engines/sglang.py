@@ -256,8 +256,9 @@ class SGLangEngine:
 
     async def _behind(self, router: Server) -> list[tuple[Server, dict[str, Any]]]:
         """The healthy servers of a router, which forwards calls but no weights, and what they say of their models."""
-        workers = (await self._servers.get(router, "/workers"))["workers"]
-        healthy = [Server(worker["url"].rstrip("/")) for worker in workers if worker["is_healthy"]]
+        answer = await self._servers.get(router, "/workers")
+        with must_have(router):
+            healthy = [Server(str(worker["url"]).rstrip("/")) for worker in answer["workers"] if worker["is_healthy"]]
         if not healthy:
             raise ServerFault(f"{router.url}: none of the servers behind this router is healthy")
         return [(server, await self._servers.get(server, "/model_info")) for server in healthy]
