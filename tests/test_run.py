@@ -324,7 +324,7 @@ def test_kills_at_random_moments_change_nothing(finished, tmp_path):
         # With a cache of its own it compiles anew, as the undisturbed run did, and takes as long.
         process = start(tmp_path, AGENTARK_CACHE=str(tmp_path / "cache"))
         try:
-            shown, _ = process.communicate(timeout=draws.uniform(0.1, 0.4) * undisturbed * (1 + kills / 8))
+            shown, _ = process.communicate(timeout=draws.uniform(0.08, 0.3) * undisturbed * (1 + kills / 8))
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.communicate()
