@@ -367,7 +367,6 @@ def test_any_text_gets_one_verdict(judge, text, gold):
     grade = grader(judge)(question, text)
     assert grade.verdict in ("right", "wrong", "unparseable")
     assert (grade.answer == "") == (grade.verdict == "unparseable")
-    assert grader(judge)(question, text) == grade
 
 
 @tried(60)
