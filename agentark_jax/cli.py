@@ -356,9 +356,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _report(arguments: Sequence[str]) -> int:
     parser = _parser("agentark report", REPORT_DESCRIPTION)
     parser.add_argument("directory", metavar="RUN_DIR", type=Path)
-    options, rest = _known(parser, arguments)
-    if rest:
-        raise UsageError(f"unknown argument {rest[0]!r}. `agentark report --help` explains what there is.")
+    options = _only(parser, arguments)
     from agentark_jax import experiment
 
     experiment.report(options.directory)
@@ -406,9 +404,7 @@ def _sweep(arguments: Sequence[str]) -> int:
 def _recipes(arguments: Sequence[str]) -> int:
     parser = _parser("agentark recipes", RECIPES_DESCRIPTION)
     parser.add_argument("directory", metavar="DIR", type=Path)
-    options, rest = _known(parser, arguments)
-    if rest:
-        raise UsageError(f"unknown argument {rest[0]!r}. `agentark recipes --help` explains what there is.")
+    options = _only(parser, arguments)
     shipped = Path(__file__).with_name("configs").glob("*.yaml")
     recipes = {options.directory / recipe.name: recipe.read_text(encoding="utf-8") for recipe in sorted(shipped)}
     for path, text in recipes.items():
@@ -442,6 +438,14 @@ def _known(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[a
         return parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
         raise UsageError(f"{error}. `{parser.prog} --help` explains it.") from error
+
+
+def _only(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of a command that takes no others."""
+    options, rest = _known(parser, arguments)
+    if rest:
+        raise UsageError(f"unknown argument {rest[0]!r}. `{parser.prog} --help` explains what there is.")
+    return options
 
 
 if __name__ == "__main__":

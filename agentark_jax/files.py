@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and file systems that are elsewhere."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from agentark_jax.errors import AgentArkError
+from agentark_jax.errors import AgentArkError, UsageError
 
 
 @contextmanager
@@ -49,3 +49,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace a JSON file, as `write_text` does."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def filesystem_at(url: str, **options: Any) -> tuple[Any, str]:
+    """The fsspec file system of a URL (a local path is one), made with these options, and the path in it.
+
+    Raises:
+        UsageError: the URL names no file system that is installed here.
+    """
+    import fsspec  # not needed to say what commands there are
+
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"{url}: {error}. Give a URL that fsspec knows, or install what it names.") from error
+    return filesystem, str(path)

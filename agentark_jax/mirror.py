@@ -21,9 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import fsspec
-
 from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.files import filesystem_at
 from agentark_jax.tools import Parser
 
 INDEX, FILES = "index.json", "files"
@@ -249,11 +248,8 @@ def _filled(directory: Path) -> bool:
 def _opened(url: str) -> tuple[Any, str]:
     """The file system of a URL, and the path in it."""
     local = "://" not in url or url.startswith("file://")
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url, **({"auto_mkdir": True} if local else {}))
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{url}: {error}. Give a URL that fsspec knows, or install what it names.") from error
-    return filesystem, str(path).rstrip("/")
+    filesystem, path = filesystem_at(url, **({"auto_mkdir": True} if local else {}))
+    return filesystem, path.rstrip("/")
 
 
 def _index(filesystem: Any, root: str, url: str) -> dict[str, _File]:

@@ -367,11 +367,14 @@ def _tell(judged: Sequence[Judged], threshold: float) -> dict[str, Any]:
         "questions": questions,
         "threshold": threshold,
         "first_errors": _figures(compared),
-        **{
-            key: {who: {model: each and asdict(each) for model, each in found.items()} for who, found in all_of.items()}
-            for key, all_of in (("model_over", over), ("f1_over", gained))
-        },
+        "model_over": _differences(over),
+        "f1_over": _differences(gained),
     }
+
+
+def _differences(over: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By whom the models are compared with, and by model."""
+    return {who: {model: each and asdict(each) for model, each in found.items()} for who, found in over.items()}
 
 
 def _figures(compared: Mapping[str, Found]) -> dict[str, Any]:

@@ -526,6 +526,13 @@ def check_completion(found, vocabulary: int) -> None:
         assert found.prompt_tokens == len(REQUEST.prompt_ids)
 
 
+def check_completion_or_error(found, complaint, vocabulary: int) -> None:
+    if found is None:
+        assert "http://nowhere" in complaint
+    else:
+        check_completion(found, vocabulary)
+
+
 def bent(right: dict[str, Any], *place: Any, to: Any) -> tuple[int, bytes]:
     return 200, json.dumps(put(right, place, to)).encode()
 
@@ -539,10 +546,7 @@ def bent(right: dict[str, Any], *place: Any, to: Any) -> tuple[int, bytes]:
 @example(bent(SAMPLED, "meta_info", "output_token_logprobs", 0, 0, to=-1e300))
 def test_whatever_an_sglang_server_answers_is_a_completion_or_an_error(model, monkeypatch, answer):
     found, complaint = outcome(lambda: sglang(model, monkeypatch, **{"/generate": answer}))
-    if found is None:
-        assert "http://nowhere" in complaint
-        return
-    check_completion(found, load_config(model).vocab_size)
+    check_completion_or_error(found, complaint, load_config(model).vocab_size)
 
 
 @tried(100)
@@ -551,10 +555,7 @@ def test_whatever_an_sglang_server_answers_is_a_completion_or_an_error(model, mo
 @example(bent(SPOKEN, "choices", 0, "finish_reason", to=["stop"]))
 def test_whatever_an_openai_endpoint_answers_is_a_completion_or_an_error(model, monkeypatch, answer):
     found, complaint = outcome(lambda: openai(model, monkeypatch, **{"/completions": answer}))
-    if found is None:
-        assert "http://nowhere" in complaint
-        return
-    check_completion(found, Tokenizer(model).vocabulary_size)
+    check_completion_or_error(found, complaint, Tokenizer(model).vocabulary_size)
 
 
 @tried(100)

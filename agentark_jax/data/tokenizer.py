@@ -120,11 +120,15 @@ class Tokenizer:
 
         Where it spells none they are those of `encode`. Raises as that.
         """
-        return self._with_rows(self._ids(self._of_text if self.spells_control(text) else self._tokenizer, text))
+        ids = self._ids(self._tokenizer, text)
+        return self._with_rows(self._ids(self._of_text, text) if self._controls(ids) else ids)
 
     def spells_control(self, text: str) -> bool:
         """Whether control tokens are among those that a text spells."""
-        return any(map(self.is_special, self._ids(self._tokenizer, text)))
+        return self._controls(self._ids(self._tokenizer, text))
+
+    def _controls(self, ids: tuple[int, ...]) -> bool:
+        return any(map(self.is_special, ids))
 
     @cached_property
     def _of_text(self) -> tokenizers.Tokenizer:

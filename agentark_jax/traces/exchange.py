@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from agentark_jax.errors import AgentArkError, UsageError
+from agentark_jax.errors import AgentArkError
+from agentark_jax.files import filesystem_at
 from agentark_jax.traces import rows as codec
 from agentark_jax.traces.store import OnTurns, Source, TraceStore, unwatched
 
@@ -133,10 +133,7 @@ def _file(directory: str, table: str) -> str:
 @contextmanager
 def _opened(url: str) -> Iterator[tuple[Any, str]]:
     """The file system of a URL and the path in it; what goes wrong with them in the block names the URL."""
-    try:
-        filesystem, path = fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"{url}: {error}. Give a URL that fsspec knows, or install what it names.") from error
+    filesystem, path = filesystem_at(url)
     try:
         yield filesystem, path
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:

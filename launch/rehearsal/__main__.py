@@ -17,12 +17,12 @@ would do it; processes that train together are started again together. At the en
 - the students are those of an undisturbed training on the same data, bit by bit;
 - every arm was evaluated on all its questions.
 
-Figures and what was found go to rehearsal.json. Exit code 0 if all of this holds, else 1. It takes about five minutes
-on two cores, and 4 GB. sglang-router comes with install_cpu.sh; an environment without it is rehearsed without it.
+Figures and what was found go to rehearsal.json. Exit code 0 if all of this holds, else 1. sglang-router comes with
+install_cpu.sh; an environment without it is rehearsed without it.
 
   launch/sglang/install_cpu.sh .venv-sglang
   python -m launch.rehearsal
-  python -m launch.rehearsal --seed 7 --directory /tmp/rehearsal --keep
+  python -m launch.rehearsal --seed 7 --directory runs/rehearsal7 --keep
   python -m launch.rehearsal --kill worker-2@debate:20 --kill server@evaluation:5 --kill trainer-0@control:9
 """
 
